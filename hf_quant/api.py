@@ -1,0 +1,115 @@
+"""What a user calls on models: quantize, dequantize, explain, true_bits, estimate."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_quant import checkpoint
+from hf_quant.config import QuantConfig
+from hf_quant.errors import ConfigError, UnsupportedModel
+from hf_quant.finite import require_finite
+from hf_quant.integrations.finish import finish, quantizer_of
+from hf_quant.plan import make_plan
+from hf_quant.recipe import Recipe
+from hf_quant.report import Report
+from hf_quant.runtime.experts import unfuse_all
+
+
+def quantize(
+    model: nn.Module,
+    config: QuantConfig,
+    *,
+    data: Any = None,  # noqa: ANN401  many kinds, see QuantConfig
+    processor: Any = None,  # noqa: ANN401
+    progress: bool = True,
+) -> Report:
+    """Quantize a model that is already in memory, in place. It then saves, pushes and explains itself like any other.
+
+    Args:
+        model: a model of transformers or diffusers.
+        config: how.
+        data: calibration data; wins over `config.calibration`.
+        processor: tokenizer or processor for it.
+        progress: show a bar with the time left.
+
+    Returns:
+        What was done to every parameter.
+    """
+    if not isinstance(config, QuantConfig):
+        raise ConfigError(f"quantize takes a QuantConfig, not {type(config).__name__}")
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(
+            "the model is quantized already; call hf_quant.dequantize(model) first, or load the original"
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"quantize takes a model in memory, not {type(model).__name__}; load it first")
+    require_finite(model)
+    report = config.quantizer().quantize(model, config.job(data=data, processor=processor, progress=progress))
+    report = finish(model, quantizer_of(model, config), report)
+    checkpoint.prepare_all(model)
+    return report
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Back to plain float layers holding the dequantized weights; the model is no longer a quantized one.
+
+    Args:
+        model: a quantized model.
+        dtype: of the weights, those that were never quantized too; None: what the model computes in.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        raise UnsupportedModel("the model is not quantized")
+    before = getattr(model, "dtype", None)
+    dequantized: nn.Module = quantizer.dequantize(model, dtype)
+    for parameter in dequantized.parameters():
+        if dtype is not None and parameter.dtype == before:  # what a model keeps in another type stays in it
+            parameter.data = parameter.data.to(dtype)
+    return dequantized
+
+
+def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, Any]:
+    """What quantizing would give, without reading a weight: sites, bits per weight, bytes, memory needed.
+
+    Args:
+        model: a path or Hub id (only its config is read), or a model.
+        config: how.
+    """
+    if isinstance(model, nn.Module):
+        whole = _twin(model)
+    else:
+        from hf_quant.loading import skeleton
+
+        whole = skeleton(model)
+    quantizer = config.quantizer()
+    if not isinstance(quantizer, Recipe):
+        raise ConfigError(f"{config.method!r} is no recipe of stages; it cannot be estimated")
+    before = sum(p.numel() * p.element_size() for p in whole.parameters())
+    unfuse_all(whole)
+    plan = make_plan(whole, quantizer, config.job())
+    largest = max((sum(4 * n for n in _sizes(whole, b)) for b in plan.blocks), default=0)
+    return {
+        "sites": len(plan.sites),
+        "bits_per_weight": plan.bits_per_weight,
+        "model_bytes": plan.model_bytes,
+        "original_bytes": before,
+        "device_bytes": largest,
+        "kept": len(plan.kept),
+        "formats": sorted({p.format.id for p in plan.sites.values()}),
+        "needs_calibration": any(not p.recipe.data_free for p in plan.sites.values()),
+    }
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """The model on the meta device: a copy of everything but the numbers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    empty = {id(t): torch.empty_like(t, device="meta", requires_grad=False) for t in tensors}
+    known = {id(p): nn.Parameter(empty[id(p)], requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, {**empty, **known})
+
+
+def _sizes(model: nn.Module, block: str) -> list[int]:
+    return [p.numel() for p in model.get_submodule(block).parameters()]

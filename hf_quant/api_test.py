@@ -1,0 +1,54 @@
+"""What a user calls on models, where no other test looks."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import hf_quant
+from hf_quant import QuantConfig
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+@pytest.fixture(params=["dense", "experts"])
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if request.param == "dense":
+        return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).to(torch.bfloat16)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, **HEADS, num_local_experts=4)).to(torch.bfloat16)
+
+
+def test_an_estimate_is_what_is_then_made_and_touches_nothing(model: torch.nn.Module, tmp_path) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    config = QuantConfig("rtn", bits=3, group_size=16)
+    found = hf_quant.estimate(model, config)
+    assert found == hf_quant.estimate(tmp_path, config), "of a model as of its config alone"
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    hf_quant.quantize(model, config)
+    assert found["bits_per_weight"] == pytest.approx(hf_quant.true_bits(model), rel=1e-12)
+    assert found["sites"] == len(hf_quant.explain(model))
+    assert found["original_bytes"] == sum(t.numel() * t.element_size() for t in before.values())
+
+
+def test_an_estimate_says_whether_data_is_needed(model: torch.nn.Module) -> None:
+    assert not hf_quant.estimate(model, QuantConfig("rtn", group_size=16))["needs_calibration"]
+    assert hf_quant.estimate(model, QuantConfig("gptq", group_size=16))["needs_calibration"]
+    mixed = QuantConfig("rtn", group_size=16, overrides={"*.0.self_attn.q_proj": {"method": "gptq"}})
+    assert hf_quant.estimate(model, mixed)["needs_calibration"]
+
+
+@torch.no_grad()
+def test_dequantized_into_another_type_a_model_still_runs(model: torch.nn.Module) -> None:
+    tokens = torch.arange(24).reshape(1, 24)
+    hf_quant.quantize(model, QuantConfig("rtn", group_size=16))
+    expected = model.eval()(tokens).logits.float()
+    plain = hf_quant.dequantize(model, torch.float32)
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    found = plain(tokens).logits
+    assert found.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) < 0.03  # bfloat16's own error

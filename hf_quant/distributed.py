@@ -1,0 +1,76 @@
+"""Data-parallel calibration: every process sees its share of the micro-batches, statistics are merged exactly."""
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hf_quant.stats import Stat, State, merge
+
+T = TypeVar("T")
+
+
+def processes() -> int:
+    """How many processes calibrate together; one that was launched to be of several joins them here."""
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState()  # `accelerate launch` and torchrun leave joining to the program
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes files."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
+def my_share(batches: Sequence[T]) -> list[T]:
+    """Every n-th micro-batch; each process gets at least one."""
+    return list(batches)[dist.get_rank() :: processes()] if processes() > 1 else list(batches)
+
+
+def union(mine: set[T]) -> set[T]:
+    """What any process has seen."""
+    if processes() == 1:
+        return mine
+    seen: list[set[T]] = [set() for _ in range(processes())]
+    dist.all_gather_object(seen, mine)
+    return set().union(*seen)
+
+
+def reduce_states(states: dict[str, dict[Stat, State]]) -> dict[str, dict[Stat, State]]:
+    """The states one process seeing all micro-batches would have. A no-op with one process."""
+    if processes() == 1:
+        return states
+    seen: list[dict[str, tuple[Stat, ...]]] = [{} for _ in range(processes())]
+    dist.all_gather_object(seen, {path: tuple(of) for path, of in states.items()})
+    paths = sorted({path for part in seen for path in part})  # some processes may not have reached a site
+    merged: dict[str, dict[Stat, State]] = {}
+    for path in paths:
+        stats = next(part[path] for part in seen if path in part)
+        merged[path] = {stat: _merged(stat, states.get(path, {}).get(stat)) for stat in stats}
+    return merged
+
+
+def _merged(stat: Stat, mine: State | None) -> State:
+    """One state from those of all processes that have one, merged in the order of their ranks."""
+    shapes: list[dict[str, tuple[tuple[int, ...], torch.dtype]] | None] = [None] * processes()
+    dist.all_gather_object(shapes, None if mine is None else {k: (tuple(v.shape), v.dtype) for k, v in mine.items()})
+    result: State | None = None
+    for rank, layout in enumerate(shapes):
+        if layout is None:
+            continue
+        device = "cpu" if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device())
+        part: State = {}
+        for name, (shape, dtype) in layout.items():
+            own = mine is not None and dist.get_rank() == rank
+            tensor = (
+                mine[name].to(device) if own and mine is not None else torch.empty(shape, dtype=dtype, device=device)
+            )
+            dist.broadcast(tensor, src=rank)
+            part[name] = tensor
+        result = part if result is None else merge(stat, result, part)
+    assert result is not None  # noqa: S101  at least one process has seen it
+    return result

@@ -1,0 +1,260 @@
+"""PackedFormat: a codec with its kernels, and the lookup of formats by id.
+
+Two layouts, never confused: *canonical* tensors are what is saved, the same on every device; a *blob* is made from
+them at load for one kernel and lives only in memory.
+"""
+
+import importlib
+import json
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from itertools import chain
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_quant.errors import CheckpointError, ConfigError, UnsupportedSpec
+from hf_quant.qtensor import QTensor
+from hf_quant.runtime.activation import check_input, fake_quantize, input_layout
+from hf_quant.spec import Spec
+
+Tensors = Mapping[str, Tensor]
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a format and its kernels are told about a layer: shape (N, K), weight spec, input spec or None.
+
+    It describes the tensors at hand: under tensor parallelism, this rank's shard. `key` is the layer as canonical
+    JSON, the form in which it travels through an operator.
+    """
+
+    shape: Shape
+    weights: Spec
+    inputs: Spec | None = None
+    key: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        inputs = self.inputs.to_json() if self.inputs else None
+        data = {"shape": list(self.shape), "weights": self.weights.to_json(), "inputs": inputs}
+        object.__setattr__(self, "key", json.dumps(data, separators=(",", ":")))
+
+    @staticmethod
+    @cache
+    def from_key(key: str) -> "Layer":
+        """Inverse of `key`."""
+        data = json.loads(key)
+        inputs = Spec.from_json(data["inputs"]) if data["inputs"] else None
+        return Layer(tuple(data["shape"]), Spec.from_json(data["weights"]), inputs)
+
+
+class Kernel(Protocol):
+    """One way to compute `y = q(x) W^T` from canonical tensors."""
+
+    @property
+    def name(self) -> str:
+        """Unique within its format; "reference" is taken."""
+
+    def supports(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None when this kernel can run such a layer, else the reason why not. Static facts only."""
+
+    def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+        """Canonical tensors -> blob (possibly empty). Called once, eagerly, after load or a device move."""
+
+    def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
+        """`x_TK` [T, K] -> [T, N] in x's dtype, without bias. May choose by T; T can be 0."""
+
+
+class PackedFormat(ABC):
+    """A promise: the same id and the same bytes mean the same weights for ever. Other bytes need a new id.
+
+    Every instance owns one `torch.library` operator, so a layer is one node for `torch.compile`, with a fake and the
+    gradient to x (straight through the rounding of x).
+    """
+
+    id: str
+    priority: ClassVar[int] = 0  # the plan takes the highest that holds the layer
+    kernels: tuple[Kernel, ...] = ()  # tried in order; the reference is always last
+
+    def __init__(self) -> None:
+        """Register the operators.
+
+        Raises:
+            ConfigError: another format has this id (torch would let the later one take over the operator).
+        """
+        if self.id in _IDS:
+            raise ConfigError(f"format {self.id!r} exists already; {type(self).__name__} needs an id of its own")
+        self.op = _register(self)
+        _IDS.add(self.id)
+
+    @abstractmethod
+    def holds(self, layer: Layer) -> str | None:
+        """None when a layer of this shape and these specs can be stored, else the reason why not."""
+
+    @abstractmethod
+    def weight_layout(self, layer: Layer) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> (shape, dtype) of what `pack` returns; `qweight` is always one of them.
+
+        Scales are listed in the type they are saved in; in memory they may sit in a wider compute dtype.
+        """
+
+    @abstractmethod
+    def pack(self, q: QTensor) -> dict[str, Tensor]:
+        """QTensor -> canonical tensors of the weight."""
+
+    @abstractmethod
+    def unpack(self, tensors: Tensors, layer: Layer) -> QTensor:
+        """Inverse of `pack`: equal codes, scale and zero."""
+
+    def layout(self, layer: Layer) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """`weight_layout`, and for static inputs `input_scale` (and `input_zero_point`): all a layer saves."""
+        return self.weight_layout(layer) | input_layout(layer.inputs)
+
+    def linear(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, kernel: str) -> Tensor:
+        """`y_TN = q(x) W^T` by the kernel named, or by the "reference". `tensors` holds exactly the layout's names."""
+        result: Tensor = self.op(x_TK, [tensors[n] for n in sorted(tensors)], blob, layer.key, kernel)
+        return result
+
+    def weight(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> Tensor:
+        """`W_NK`: `unpack(...).dequantize(dtype)`, and a format that overrides it for speed gives the same bits."""
+        return self.unpack(tensors, layer).dequantize(dtype)
+
+    def round_input(self, x_TK: Tensor, tensors: Tensors, layer: Layer) -> Tensor:
+        """The input as the product sees it, in x's type: rounded as `layer.inputs` says."""
+        return fake_quantize(x_TK, layer.inputs, tensors)
+
+    def reference(self, x_TK: Tensor, tensors: Tensors, layer: Layer) -> Tensor:
+        """The specification of `linear`, and what runs when no kernel fits."""
+        return F.linear(self.round_input(x_TK, tensors, layer), self.weight(tensors, layer, x_TK.dtype))
+
+    def rows(self, ids_T: Tensor, tensors: Tensors, layer: Layer) -> Tensor:
+        """Rows of the weight, `[T, K]` float32 (a lookup). A format whose rows can be cut out does better than this."""
+        return self.unpack(tensors, layer).dequantize()[ids_T]
+
+    def check(self, tensors: Tensors, layer: Layer) -> str | None:
+        """Validation of loaded tensors (names, shapes, types, finite scales); None when sound, else what is wrong."""
+        layout = self.layout(layer)
+        if set(tensors) != set(layout):
+            return f"tensors {sorted(tensors)} where {sorted(layout)} are expected"
+        for name, (shape, dtype) in layout.items():
+            tensor = tensors[name]
+            same = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype == dtype
+            if tuple(tensor.shape) != shape or not same:
+                return f"{name} is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} is expected"
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                return f"{name} holds NaN or infinite values"
+        return check_input(layer.inputs, tensors)
+
+
+_IDS: set[str] = set()
+
+
+def _register(fmt: PackedFormat) -> Callable[..., Tensor]:
+    """The operators of a format: `hf_quant::<id>` and, for the gradient to x, `hf_quant::<id>_weight`."""
+    name = "hf_quant::" + fmt.id.replace("-", "_").replace("/", "_")
+    kernels = {kernel.name: kernel for kernel in fmt.kernels}
+
+    @cache
+    def names(key: str) -> list[str]:
+        return sorted(fmt.layout(Layer.from_key(key)))
+
+    def linear(x: Tensor, tensors: list[Tensor], blob: list[Tensor], layer: str, kernel: str) -> Tensor:
+        named = dict(zip(names(layer), tensors, strict=True))
+        if kernel == "reference":
+            return fmt.reference(x, named, Layer.from_key(layer))
+        return kernels[kernel].run(x, named, blob, Layer.from_key(layer))
+
+    def weight(tensors: list[Tensor], layer: str, dtype: torch.dtype) -> Tensor:
+        named = dict(zip(names(layer), tensors, strict=True))
+        return fmt.weight(named, Layer.from_key(layer), dtype)
+
+    weight_op = torch.library.custom_op(
+        name + "_weight", weight, mutates_args=(), schema="(Tensor[] tensors, str layer, ScalarType dtype) -> Tensor"
+    )
+    weight_op.register_fake(
+        lambda tensors, layer, dtype: tensors[0].new_empty(Layer.from_key(layer).shape, dtype=dtype)
+    )
+
+    op = torch.library.custom_op(
+        name,
+        linear,
+        mutates_args=(),
+        schema="(Tensor x, Tensor[] tensors, Tensor[] blob, str layer, str kernel) -> Tensor",
+    )
+    op.register_fake(lambda x, tensors, blob, layer, kernel: x.new_empty(x.shape[0], Layer.from_key(layer).shape[0]))
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401  torch's own signature
+        ctx.save_for_backward(*inputs[1])
+        ctx.layer, ctx.blob = inputs[3], len(inputs[2])
+
+    def gradient(ctx: Any, grad_TN: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+        tensors = list(ctx.saved_tensors)
+        grad_TK = grad_TN @ weight_op(tensors, ctx.layer, grad_TN.dtype)
+        return grad_TK, [None] * len(tensors), [None] * ctx.blob, None, None
+
+    op.register_autograd(gradient, setup_context=save)
+    return op
+
+
+@cache
+def formats() -> dict[str, PackedFormat]:
+    """Every format by id: those of `hf_quant.kernels` (a folder with `format.py` that defines `FORMATS`, a tuple), and
+    those of installed packages (entry point group `hf_quant.formats`, such a tuple).
+    """
+    import hf_quant.kernels as package
+
+    folders = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg and not m.name.startswith("_"))
+    tuples = [importlib.import_module(f"hf_quant.kernels.{name}.format").FORMATS for name in folders]
+    tuples += [entry.load() for entry in entry_points(group="hf_quant.formats")]
+    return {fmt.id: fmt for fmt in chain.from_iterable(tuples)}
+
+
+def format_named(format_id: str) -> PackedFormat:
+    """The format with this id.
+
+    Raises:
+        CheckpointError: no installed version of hf-quant knows it.
+    """
+    try:
+        return formats()[format_id]
+    except KeyError:
+        known = ", ".join(sorted(formats()))
+        raise CheckpointError(
+            f"format {format_id!r} is not known here (known: {known}); a newer hf-quant may be needed"
+        ) from None
+
+
+def format_for(layer: Layer) -> PackedFormat:
+    """The highest-priority format that holds the layer.
+
+    Raises:
+        UnsupportedSpec: none does; each reason is listed.
+    """
+    reasons = []
+    for fmt in sorted(formats().values(), key=lambda f: (-f.priority, f.id)):
+        reason = fmt.holds(layer)
+        if reason is None:
+            return fmt
+        reasons.append(f"{fmt.id}: {reason}")
+    raise UnsupportedSpec(f"no packed format holds a layer of shape {layer.shape}: " + "; ".join(reasons))
+
+
+def choose_kernel(
+    fmt: PackedFormat, layer: Layer, device: torch.device, dtype: torch.dtype
+) -> tuple[str, dict[str, str]]:
+    """(name of the kernel to run, why each earlier one refused). "reference" when none supports the layer."""
+    refused: dict[str, str] = {}
+    for kernel in fmt.kernels:
+        reason = kernel.supports(layer, device, dtype)
+        if reason is None:
+            return kernel.name, refused
+        refused[kernel.name] = reason
+    return "reference", refused

@@ -1,0 +1,102 @@
+"""Groups: which sites of a block read the same tensor, in which order, and which module produced it.
+
+Found by watching one forward of the block, not by a table of architectures: sites whose inputs share storage form a
+group, and a norm whose output is that storage is its producer, if nothing else reads it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.capture import first_tensor, left_products
+from hf_quant.sites import Site, SiteGroup
+
+# (producer leaf, consumer leaf): the consumer's input is the producer's output times, or averaged by, something that
+# does not mix its channels, so a per-channel scale passes through. The fold is verified on data all the same.
+PASS_THROUGH = {"down_proj": "up_proj", "o_proj": "v_proj", "out_proj": "v_proj"}
+
+
+@dataclass(slots=True, eq=False)
+class _Trace:
+    inputs: list[tuple[str, Tensor]] = field(default_factory=list)  # leaf modules in order of execution
+    outputs: list[tuple[str, Tensor]] = field(default_factory=list)
+
+
+def find_groups(block: nn.Module, block_name: str, sites: list[Site], run: Any) -> list[SiteGroup]:  # noqa: ANN401
+    """Groups of `sites` (all inside `block`) in order of execution; sites that never ran come last, each alone.
+
+    Args:
+        run: calls the block once on real inputs.
+    """
+    trace = _trace(block, block_name, run)
+    by_name = {s.name: s for s in sites}
+    groups: dict[Any, list[Site]] = {}
+    for name, x in trace.inputs:
+        if name in by_name and not any(by_name[name] in g for g in groups.values()):
+            groups.setdefault(_key(x), []).append(by_name[name])
+    found = [
+        SiteGroup(tuple(members), _producer(block, block_name, key, members, trace)) for key, members in groups.items()
+    ]
+    reached = {s.name for g in found for s in g.sites}
+    return found + [SiteGroup((s,)) for s in sites if s.name not in reached]
+
+
+def _key(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x.numel()
+
+
+def _trace(block: nn.Module, block_name: str, run: Any) -> _Trace:  # noqa: ANN401
+    trace, handles = _Trace(), []
+
+    def pre(name: str) -> Any:  # noqa: ANN401
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            if tensors:
+                trace.inputs.append((name, tensors[0]))
+
+        return hook
+
+    def post(name: str) -> Any:  # noqa: ANN401
+        def hook(_: nn.Module, args: Any, out: Any) -> None:  # noqa: ANN401
+            if isinstance(out, Tensor):
+                trace.outputs.append((name, first_tensor(out)))
+
+        return hook
+
+    leaves = [path for path, module in block.named_modules() if not any(module.children())]
+    whole = f"{block_name}." if block_name else ""
+    for path in leaves:
+        module, name = block.get_submodule(path), whole + path
+        handles.append(module.register_forward_pre_hook(pre(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(post(name)))
+    see = lambda path, x: trace.inputs.append((whole + path, x))  # noqa: E731
+    try:
+        with torch.no_grad(), left_products(block, leaves, see):
+            run(block)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace
+
+
+def _producer(block: nn.Module, block_name: str, key: Any, members: list[Site], trace: _Trace) -> str | None:  # noqa: ANN401
+    names = {m.name for m in members}
+    if any(_key(x) == key and n not in names for n, x in trace.inputs):
+        return None  # something that is not quantized reads it too
+    for name, out in trace.outputs:
+        if _key(out) == key and "norm" in type(_module(block, block_name, name)).__name__.lower():
+            return name
+    if len(members) == 1:
+        parent, _, leaf = members[0].name.rpartition(".")
+        sibling = f"{parent}.{PASS_THROUGH.get(leaf, '')}"
+        if any(n == sibling for n, _ in trace.inputs):
+            module = _module(block, block_name, sibling)
+            if getattr(module, "out_features", None) == members[0].shape[1]:
+                return sibling
+    return None
+
+
+def _module(block: nn.Module, block_name: str, name: str) -> nn.Module:
+    return block.get_submodule(name.removeprefix(block_name).removeprefix("."))

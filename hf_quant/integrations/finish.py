@@ -1,0 +1,53 @@
+"""Finish: make a freshly quantized model one that its library knows as such: config, flags, report."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from hf_quant import checkpoint
+from hf_quant.config import QuantConfig
+from hf_quant.method import method_named
+from hf_quant.report import Report
+
+
+def quantizer_of(model: nn.Module, config: QuantConfig) -> Any:  # noqa: ANN401  two unrelated base classes
+    """The object that the model's library asks when it saves or dequantizes the model."""
+    if any(c.__module__.startswith("diffusers.") for c in type(model).__mro__):
+        from hf_quant.integrations import diffusers
+
+        return diffusers.Quantizer(config, pre_quantized=False)
+    from hf_quant.integrations import transformers
+
+    return transformers.Quantizer(config, pre_quantized=False)
+
+
+def finish(model: nn.Module, quantizer: Any, report: Report) -> Report:  # noqa: ANN401
+    """Attach the quantizer, and in place of the config that asked for it the one that describes what was made."""
+    config: QuantConfig = quantizer.quantization_config
+    report = replace(report, method=config.to_dict())
+    paper = method_named(str(config.method)).paper
+    made_by = {
+        "method": config.method,
+        "arguments": config.given,
+        "skip": list(config.skip),
+        "overrides": config.overrides,
+        "seed": config.seed,
+        "paper": {"title": paper.title, "arxiv": paper.arxiv},
+        "versions": report.versions,
+        "calibration": report.calibration,
+    }
+    done = config.finished(checkpoint.describe(model)["sites"], made_by)
+    quantizer.quantization_config, quantizer.report = done, report
+    anything: Any = model
+    anything.hf_quantizer, anything.hf_quant_report = quantizer, report
+    anything.is_quantized, anything.quantization_method = True, done.quant_method
+    if hasattr(model, "register_to_config"):  # diffusers keeps its config frozen
+        anything.register_to_config(quantization_config=done)
+    elif getattr(model, "config", None) is not None:
+        anything.config.quantization_config = done
+        for module in model.modules():
+            part: Any = getattr(module, "config", None)
+            if hasattr(part, "to_dict"):
+                part._is_quantized = True
+    return report

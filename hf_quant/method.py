@@ -1,0 +1,134 @@
+"""The registry of methods. A method is a function from its published parameters to an `HfQuantizer`."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from hf_quant.errors import ConfigError
+from hf_quant.recipe import HfQuantizer
+
+DOMAINS = frozenset({"llm", "vit", "vlm", "moe", "mamba", "diffusion"})
+_METHODS: dict[str, "Method"] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """Where a method was published: arXiv number (or None for folklore baselines) and title."""
+
+    arxiv: str | None
+    title: str
+
+    @property
+    def url(self) -> str | None:
+        """Link to the abstract."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else None
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A registered method: its id, paper, what it is for, the claim its test shows, and its parameters."""
+
+    id: str
+    paper: Paper
+    domains: frozenset[str]
+    claim: str
+    build: Callable[..., HfQuantizer]
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The method's configuration: its parameters and their defaults."""
+        return inspect.signature(self.build)
+
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """`given` completed with the defaults.
+
+        Raises:
+            ConfigError: an unknown argument (with the nearest name) or a missing one.
+        """
+        known = self.signature.parameters
+        for name in given:
+            if name not in known:
+                raise ConfigError(
+                    f"method {self.id!r} has no argument {name!r}{did_you_mean(name, known)}; "
+                    f"it takes: {', '.join(known) or 'none'}"
+                )
+        bound = {n: given.get(n, p.default) for n, p in known.items()}
+        missing = [n for n, v in bound.items() if v is inspect.Parameter.empty]
+        if missing:
+            raise ConfigError(f"method {self.id!r} needs the argument(s) {', '.join(missing)}")
+        return bound
+
+
+def did_you_mean(name: str, known: Any) -> str:  # noqa: ANN401  any iterable of names
+    """`, did you mean 'x'?` or nothing."""
+    close = get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def method(
+    method_id: str, *, paper: Paper, domains: set[str], claim: str
+) -> Callable[[Callable[..., HfQuantizer]], Callable[..., HfQuantizer]]:
+    """Register the decorated function as a method. Its parameters, all with defaults, are its configuration.
+
+    Args:
+        method_id: the name users pass to `QuantConfig`; lower case, words joined by "-".
+        paper: where it was published.
+        domains: subset of `DOMAINS` it is known to work on.
+        claim: one sentence, checked by the claim test beside the method.
+    """
+    if not domains <= DOMAINS:
+        raise ConfigError(
+            f"method {method_id!r}: unknown domains {sorted(domains - DOMAINS)}; known: {sorted(DOMAINS)}"
+        )
+
+    def register(build: Callable[..., HfQuantizer]) -> Callable[..., HfQuantizer]:
+        present = _METHODS.get(method_id)
+        if present is not None and present.build.__module__ != build.__module__:
+            raise ConfigError(
+                f"method {method_id!r} is registered twice: {present.build.__module__} and {build.__module__}"
+            )
+        _METHODS[method_id] = Method(method_id, paper, frozenset(domains), claim, build)
+        return build
+
+    return register
+
+
+@cache
+def _load() -> None:
+    """Import every built-in method and every installed third-party one (entry point group `hf_quant.methods`)."""
+    import hf_quant.plugins as package
+
+    for family in pkgutil.iter_modules(package.__path__, "hf_quant.plugins."):
+        if family.ispkg:
+            for module in pkgutil.iter_modules(importlib.import_module(family.name).__path__, family.name + "."):
+                if not module.name.endswith(("_test", "_core", "conftest")):
+                    importlib.import_module(module.name)
+    for entry in entry_points(group="hf_quant.methods"):
+        entry.load()
+
+
+def list_methods() -> list[Method]:
+    """Every method, by id."""
+    _load()
+    return [_METHODS[k] for k in sorted(_METHODS)]
+
+
+def method_named(method_id: str) -> Method:
+    """The method with this id.
+
+    Raises:
+        ConfigError: no such method (with the nearest name).
+    """
+    _load()
+    if method_id not in _METHODS:
+        known = sorted(_METHODS)
+        raise ConfigError(
+            f"unknown method {method_id!r}{did_you_mean(str(method_id), known)}; known: {', '.join(known)}"
+        )
+    return _METHODS[method_id]

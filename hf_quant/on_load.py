@@ -1,0 +1,125 @@
+"""On load: quantize each weight the moment it is read from disk, for methods that need no data."""
+
+import copy
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.errors import UnsupportedModel
+from hf_quant.install import install
+from hf_quant.plan import Plan, SitePlan, make_plan
+from hf_quant.recipe import Job, Recipe
+from hf_quant.report import Entry, Report
+from hf_quant.resources import peak_bytes, release_freed, versions
+from hf_quant.runtime.embedding import retie
+from hf_quant.runtime.experts import Expert, Experts, is_fused, unfuse_all
+from hf_quant.solve import solve
+
+
+def plan_on_load(model: nn.Module, recipe: Recipe, job: Job) -> Plan | None:
+    """The plan for a model whose weights are still on disk; None when the recipe needs data.
+
+    The model itself keeps its fused experts, which the loader fills; the plan is made on a twin without them.
+    """
+    twin = copy.deepcopy(model)  # on the meta device: no bytes are copied
+    unfuse_all(twin)
+    plan = make_plan(twin, recipe, job)
+    return plan if all(p.recipe.data_free for p in plan.sites.values()) else None
+
+
+def wants(model: nn.Module, plan: Plan, parameter: str) -> bool:
+    """Whether `install_loaded` takes this parameter: a site's weight, or anything of a fused experts module."""
+    owner, _, leaf = parameter.rpartition(".")
+    if leaf == "weight" and owner in plan.sites:
+        return True
+    module = model.get_submodule(owner)
+    return (is_fused(module) or isinstance(module, Experts)) and any(s.startswith(owner + ".") for s in plan.sites)
+
+
+def tied_to(plan: Plan | None, parameter: str) -> list[str]:
+    """Names of the parameters that come with this one, because they share its matrix."""
+    site = None if plan is None else plan.sites.get(parameter.removesuffix(".weight"))
+    return [] if site is None else [f"{name}.weight" for name in site.shares]
+
+
+@torch.no_grad()
+def install_loaded(model: nn.Module, plan: Plan, parameter: str, value: Tensor, dtype: torch.dtype) -> list[Entry]:
+    """Quantize a float parameter that was just read, and put the packed layer where the float one was to be.
+
+    Args:
+        parameter: its name in the model.
+        value: what was read, in the checkpoint's layout.
+        dtype: compute type of the layer.
+    """
+    entries = _install_loaded(model, plan, parameter, value, dtype)
+    release_freed()
+    return entries
+
+
+def _install_loaded(model: nn.Module, plan: Plan, parameter: str, value: Tensor, dtype: torch.dtype) -> list[Entry]:
+    owner, _, leaf = parameter.rpartition(".")
+    if owner in plan.sites:
+        site = plan.sites[owner]
+        entries = [_install(model, site, value.T if site.site.kind == "conv1d" else value, dtype)]
+        if site.shares:
+            retie(model)
+        return entries
+    if is_fused(model.get_submodule(owner)):
+        model.set_submodule(owner, Experts(model.get_submodule(owner)))
+    experts = model.get_submodule(owner)
+    assert isinstance(experts, Experts)  # noqa: S101  `wants` has seen to it
+    member = "down" if leaf.startswith("down_proj") else "gate_up"
+    entries = []
+    for e in range(experts.num_experts):
+        name = f"{owner}.{e}.{member}"
+        if leaf.endswith("_bias"):
+            layer: nn.Module = getattr(experts.expert(e), member)
+            layer.bias = _loaded(nn.Parameter(value[e].to(dtype), requires_grad=False))
+        elif name in plan.sites:
+            entries.append(_install(model, plan.sites[name], _matrix(experts, value[e]), dtype))
+        else:
+            expert: Expert = experts.expert(e)
+            getattr(expert, member).weight = _loaded(
+                nn.Parameter(_matrix(experts, value[e]).to(dtype), requires_grad=False)
+            )
+    return entries
+
+
+def _matrix(experts: Experts, value: Tensor) -> Tensor:
+    return value.T if experts.is_transposed else value
+
+
+def _install(model: nn.Module, site: SitePlan, W_NK: Tensor, dtype: torch.dtype) -> Entry:
+    solved = solve(site, W_NK, None)
+    release_freed()
+    for tensor in install(model, site, solved, dtype).parameters(recurse=False):
+        if tensor.device.type != "meta":
+            _loaded(tensor)
+    return solved.entry
+
+
+def _loaded(tensor: nn.Parameter) -> nn.Parameter:
+    """Tell transformers' weight initialization to leave it alone."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def report_loaded(plan: Plan, entries: Mapping[str, Entry], started: float) -> Report:
+    """The report of a model quantized while it was loaded.
+
+    Raises:
+        UnsupportedModel: the checkpoint did not hold a weight that was to be quantized.
+    """
+    missing = [name for name in plan.sites if f"{name}.weight" not in entries]
+    if missing:
+        raise UnsupportedModel(f"the checkpoint holds no weight for {', '.join(missing[:5])}; is it complete?")
+    ordered = tuple(entries[f"{name}.weight"] for name in plan.sites)
+    return Report(
+        method={},
+        coverage=ordered + plan.kept,
+        seconds=time.perf_counter() - started,
+        peak_bytes=peak_bytes(),
+        versions=versions(),
+    )

@@ -1,0 +1,334 @@
+"""The loop: plan, record, and for each block capture -> rewrite -> solve -> install -> write -> run on.
+
+One block is on the compute device at a time. A finished block is written at once, so a run that was killed resumes
+where it was, with the same bytes in the end.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.capture import Recording, collect, record, run_model
+from hf_quant.distributed import my_share, reduce_states, union
+from hf_quant.errors import CalibrationError, UnsupportedModel
+from hf_quant.groups import find_groups
+from hf_quant.install import install
+from hf_quant.memo import Memo
+from hf_quant.plan import Plan, SitePlan, make_plan, matches
+from hf_quant.progress import track
+from hf_quant.recipe import Job, Recipe
+from hf_quant.report import Entry, Report
+from hf_quant.resources import peak_bytes, versions
+from hf_quant.rewrite import float_weight, fold
+from hf_quant.run_dir import RunDir
+from hf_quant.runtime.experts import fuse_floats, unfuse_all
+from hf_quant.sites import SiteGroup, covering
+from hf_quant.solve import Solved, Split, solve
+from hf_quant.stages.sampler import Batch
+from hf_quant.stats import Stat, State
+
+
+def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
+    """Quantize `model` in place.
+
+    Raises:
+        ConfigError, UnsupportedModel, UnsupportedSpec: found while planning; the model is untouched.
+        CalibrationError: the data is unusable, or never reached a site that `job.allow` does not name.
+        RunError: `job.run_dir` belongs to another job, is locked, or the disk is full; finished blocks are kept.
+    """
+    started = time.perf_counter()
+    _refuse_offloaded(model)
+    with _unfused(model):
+        plan = make_plan(model, recipe, job)
+        batches: list[Batch] = []
+        if not recipe.data_free or any(not p.recipe.data_free for p in plan.sites.values()):
+            batches = recipe.sampler.sample(job.data, job.processor, job.seed, model)
+        with RunDir.open(job.run_dir, model, recipe, job, batches) as run_dir:
+            entries = _Loop(model, recipe, job, plan, my_share(batches), run_dir).run()
+    return Report(
+        method={},
+        coverage=tuple(entries) + plan.kept,
+        seconds=run_dir.seconds + time.perf_counter() - started,
+        peak_bytes=peak_bytes(),
+        calibration=describe_batches(batches, job),
+        versions=versions(),
+    )
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if away:
+        raise UnsupportedModel(
+            f"{len(away)} weights are offloaded, the first is {away[0]}: load the model without offload to quantize it "
+            "(one block at a time is on the device: QuantConfig(device=...)), save it, then load it with offload"
+        )
+
+
+@contextmanager
+def _unfused(model: nn.Module) -> Iterator[None]:
+    """In eval mode, experts as layers of their own; afterwards what was not quantized is as it was."""
+    was_training = model.training
+    model.eval()
+    unfuse_all(model)
+    try:
+        yield
+    finally:
+        fuse_floats(model)
+        model.train(was_training)
+
+
+def describe_batches(batches: Sequence[Batch], job: Job) -> dict[str, Any]:
+    """Source, seed, samples, tokens and fingerprint of the calibration data; empty when none was used."""
+    if not batches:
+        return {}
+    from hf_quant.calibration import describe, fingerprint
+
+    first = [next(iter(b.values())) for b in batches]
+    return {
+        "source": describe(job.data),
+        "seed": job.seed,
+        "samples": sum(len(x) for x in first),
+        "tokens": sum(x.numel() for x in first) if not first[0].is_floating_point() else None,
+        "fingerprint": fingerprint(batches),
+    }
+
+
+@dataclass(slots=True, eq=False)
+class _Loop:
+    model: nn.Module
+    recipe: Recipe
+    job: Job
+    plan: Plan
+    batches: list[Batch]
+    run_dir: RunDir
+
+    def run(self) -> list[Entry]:
+        """Every block in order, then the sites outside all blocks."""
+        entries: list[Entry] = []
+        with torch.no_grad():
+            for site in [p for p in self.plan.sites.values() if p.site.kind == "embedding"]:
+                entries += self._finish_data_free(site.site.name, [site])
+            if self.batches and self.plan.blocks:
+                entries += self._calibrated_blocks()
+            else:
+                for block in self._track(self.plan.blocks):
+                    entries += self._finish_data_free(block, self.plan.in_block(block))
+            entries += self._outside()
+        return entries
+
+    # ---- blocks -------------------------------------------------------------------------------------------------
+
+    def _calibrated_blocks(self) -> Iterator[Entry]:
+        device = self._device()
+        fp_recording = self._record()
+        self._refuse_unreached(union(fp_recording.reached))
+        run = {name for chain in fp_recording.chains for name in chain}
+        for name in self.plan.blocks:
+            if name not in run:  # all of it was allowed by name, or is kept
+                yield from self._finish_data_free(name, self.plan.in_block(name))
+        recording, changed = fp_recording, any(p.site.kind == "embedding" for p in self.plan.sites.values())
+        progress = iter(self._track(self.plan.blocks))
+        for chain in fp_recording.chains:
+            if changed:
+                recording = self._record()
+            hidden = [r[chain[0]] for r in recording.starts]
+            twins = [r[chain[0]] for r in fp_recording.starts]
+            for name in chain:
+                next(progress)
+                yield from self._block(name, recording, fp_recording, hidden, twins, device)
+            changed = True
+        next(progress, None)
+
+    def _record(self) -> Recording:
+        sites = [p.site.name for p in self.plan.sites.values() if p.recipe.needs]
+        return record(self.model, self.plan.blocks, self.batches, self._home(), sites)
+
+    def _refuse_unreached(self, reached: set[str]) -> None:
+        """Stop before any work when the data misses sites: all of them at once, not one a night."""
+        planned = {p.site.name: p for p in self.plan.sites.values() if p.recipe.needs}
+        missed = [n for n, p in planned.items() if n not in reached and not self._excused(p)]
+        if missed:
+            raise CalibrationError(_unreached(covering(missed, planned)))
+
+    def _excused(self, plan: SitePlan) -> bool:
+        """Whether the user allows nearest rounding; a static range of inputs nobody saw cannot be allowed."""
+        static = plan.recipe.inputs is not None and plan.recipe.inputs.range == "static"
+        return matches(plan.site.name, self.job.allow) and not static
+
+    def _block(
+        self,
+        name: str,
+        recording: Recording,
+        fp_recording: Recording,
+        hidden: list[Tensor],
+        twins: list[Tensor],
+        device: torch.device,
+    ) -> list[Entry]:
+        """Quantize one block and move `hidden` (quantized stream) and `twins` (full precision) past it."""
+        block = self.model.get_submodule(name)
+        home = self._home()
+        block.to(device)
+        plans = self.plan.in_block(name)
+
+        memo = Memo(block)
+
+        def run(module: nn.Module, i: int) -> Tensor:
+            with memo.during(i):
+                return recording.calls[i][name].run(module, hidden[i], device)
+
+        def run_fp(module: nn.Module, i: int) -> Tensor:
+            return fp_recording.calls[i][name].run(module, twins[i], device)
+
+        two_streams = any(s.two_streams for p in plans for s in p.recipe.needs)
+        # past the untouched block, before a rewrite or a resumed run changes it
+        passed = [run_fp(block, i).to(home) for i in range(len(twins))] if two_streams else twins
+        entries = self.run_dir.load(name, block)
+        if entries is None:
+            groups = find_groups(block, name, [p.site for p in plans], lambda b: run(b, 0)) if plans else []
+            self._transform(block, name, groups, run)
+            fp_block = copy.deepcopy(block) if two_streams else None
+            entries = []
+            waves = self.recipe.traversal.waves(groups)
+            for k, wave in enumerate(waves):
+                entries += self._wave(block, name, wave, run, (fp_block, run_fp) if fp_block is not None else None)
+                memo.finish(_paths(waves[: k + 1], name), _paths(waves[k + 1 :], name))
+            self.run_dir.save(name, block, entries)
+        hidden[:] = [run(block, i).to(home) for i in range(len(hidden))]
+        twins[:] = passed
+        block.to(home)
+        return entries
+
+    def _wave(
+        self,
+        block: nn.Module,
+        name: str,
+        wave: Sequence[SiteGroup],
+        run: Callable[[nn.Module, int], Tensor],
+        fp: tuple[nn.Module, Callable[[nn.Module, int], Any]] | None,
+    ) -> list[Entry]:
+        wanted: dict[str, tuple[Stat, ...]] = {}
+        for group in wave:
+            needs = dict.fromkeys(s for site in group.sites for s in self.plan.sites[site.name].recipe.needs)
+            if needs:
+                wanted[_inside(group.sites[0].name, name)] = tuple(needs)
+        states = reduce_states(collect(block, run, self.batches, wanted, fp)) if wanted else {}
+        entries = []
+        for group in wave:
+            stats = states.get(_inside(group.sites[0].name, name))
+            plans = [self.plan.sites[site.name] for site in group.sites]
+            for plan, split in zip(plans, self._split(plans, stats), strict=True):
+                entries.append(self._site(plan, stats, split))
+        return entries
+
+    def _split(self, plans: Sequence[SitePlan], stats: dict[Stat, State] | None) -> Sequence[Split | None]:
+        """What the splitter takes out of the weights of a group; its sites share one splitter, the base recipe's."""
+        splitter = self.recipe.splitter
+        if splitter is None or stats is None or any(p.recipe.splitter != splitter for p in plans):
+            return [None] * len(plans)
+        Ws = [float_weight(self.model.get_submodule(p.site.name), p.site).float() for p in plans]
+        first = plans[0].recipe
+        return splitter.split(Ws, stats, first.weights, first.inputs, first.range)
+
+    def _transform(
+        self, block: nn.Module, name: str, groups: Sequence[SiteGroup], run: Callable[[nn.Module, int], Tensor]
+    ) -> None:
+        """Let every transform look at every group with a producer; verify that the block still computes the same."""
+        if not self.recipe.transforms:
+            return
+        before = run(block, 0)
+        for transform in self.recipe.transforms:
+            able = [g for g in groups if g.producer is not None]
+            wanted = {_inside(g.sites[0].name, name): transform.needs for g in able}
+            states = reduce_states(collect(block, run, self.batches, wanted, None))
+            for group in able:
+                stats = states.get(_inside(group.sites[0].name, name))
+                if stats is None:
+                    continue
+                plans = [self.plan.sites[s.name] for s in group.sites]
+                Ws = [float_weight(self.model.get_submodule(s.name), s).float() for s in group.sites]
+                rewrite = transform.propose(
+                    Ws, stats, plans[0].recipe.weights, plans[0].recipe.inputs, self.recipe.range
+                )
+                if rewrite is not None:
+                    fold(self.model, group, rewrite)
+        drift = float((run(block, 0) - before).float().norm() / before.float().norm().clamp_min(1e-12))
+        if drift > TOLERANCE[before.dtype]:
+            raise UnsupportedModel(
+                f"the rewrite changed what block {name} computes (relative drift {drift:.2e}): this architecture "
+                "uses a norm's output in a way that cannot be seen; use a method without a transform, such as gptq"
+            )
+
+    def _site(self, plan: SitePlan, stats: dict[Stat, State] | None, split: Split | None = None) -> Entry:
+        site = plan.site
+        missed = stats is None and bool(plan.recipe.needs)
+        if missed and not self._excused(plan):
+            raise CalibrationError(_unreached([site.name]))
+        module = self.model.get_submodule(site.name)
+        solved: Solved = solve(plan, float_weight(module, site), stats, split)
+        install(self.model, plan, solved)
+        return (
+            replace(solved.entry, reason="never reached by calibration: nearest rounding") if missed else solved.entry
+        )
+
+    # ---- without data -------------------------------------------------------------------------------------------
+
+    def _finish_data_free(self, unit: str, plans: Sequence[SitePlan]) -> list[Entry]:
+        """Sites that need no data, as one unit of the run directory."""
+        if not plans:
+            return []
+        module = self.model.get_submodule(unit)
+        finished = self.run_dir.load(unit, module)
+        if finished is not None:
+            return finished
+        entries = [self._site(p, None) for p in plans]
+        self.run_dir.save(unit, self.model.get_submodule(unit), entries)
+        return entries
+
+    def _outside(self) -> list[Entry]:
+        """Linear sites outside every block: their inputs are seen in a forward of the whole model."""
+        plans = [p for p in self.plan.in_block("") if p.site.kind != "embedding"]
+        if not plans:
+            return []
+        wanted = {p.site.name: p.recipe.needs for p in plans if p.recipe.needs}
+        states: dict[str, dict[Stat, State]] = {}
+        if wanted:
+            run = lambda m, i: run_model(m, self.batches[i], self._home())  # noqa: E731
+            states = reduce_states(collect(self.model, run, self.batches, wanted, None))
+        return [self._site(p, states.get(p.site.name)) for p in plans]
+
+    # ---- small things -------------------------------------------------------------------------------------------
+
+    def _home(self) -> torch.device:
+        return next(p.device for p in self.model.parameters())
+
+    def _device(self) -> torch.device:
+        return self.job.device or self._home()
+
+    def _track(self, blocks: Sequence[str]) -> Iterator[str]:
+        return track(blocks, description="quantizing", total=len(blocks), enabled=self.job.progress)
+
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
+
+
+def _unreached(globs: Sequence[str]) -> str:
+    named = ", ".join(f'"{g}"' for g in globs)
+    return (
+        f"no calibration token ever reached {', '.join(globs)}. Use more or other calibration data (for a vision "
+        f"tower: batches with images), keep these layers in full precision with skip=[{named}], or, unless their "
+        f"inputs have a static range, round them to nearest with allow=[{named}]"
+    )
+
+
+def _paths(waves: Sequence[Sequence[SiteGroup]], block: str) -> list[str]:
+    return [_inside(site.name, block) for wave in waves for group in wave for site in group.sites]
+
+
+def _inside(name: str, block: str) -> str:
+    return name.removeprefix(block).removeprefix(".")

@@ -1,0 +1,235 @@
+"""Plan: what will be done to every parameter, decided and checked before any work begins."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+
+import torch
+from torch import nn
+
+from hf_quant.errors import ConfigError, UnsupportedModel, UnsupportedSpec
+from hf_quant.formats import Layer, PackedFormat, format_for, format_named
+from hf_quant.method import did_you_mean
+from hf_quant.recipe import Job, Recipe
+from hf_quant.report import Entry
+from hf_quant.sites import Site, covering, find_blocks, kept_reason, linear_shape, walk
+from hf_quant.stages.solver import Nearest
+
+SMALL = 1024  # parameters up to this many elements are not worth a line in the coverage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SitePlan:
+    """One site, the recipe for it, and the format that will hold it."""
+
+    site: Site
+    recipe: Recipe
+    layer: Layer
+    format: PackedFormat
+    shares: tuple[str, ...] = ()  # of an embedding: the modules tied to it, which will share the packed table
+
+    @property
+    def bits(self) -> int:
+        """Bits its canonical tensors will take."""
+        return sum(prod(shape) * dtype.itemsize * 8 for shape, dtype in self.format.layout(self.layer).values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Every site with its recipe, and an entry for every parameter that stays as it is."""
+
+    blocks: tuple[str, ...]
+    sites: Mapping[str, SitePlan]
+    kept: tuple[Entry, ...]
+
+    def in_block(self, block: str) -> list[SitePlan]:
+        """The plans of the sites in this block ("" for those outside every block), in module order."""
+        return [p for p in self.sites.values() if p.site.block == block]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per quantized weight."""
+        values = sum(prod(p.site.shape) for p in self.sites.values())
+        return sum(p.bits for p in self.sites.values()) / values if values else 0.0
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the quantized model's parameters, kept ones included."""
+        return (sum(p.bits for p in self.sites.values()) + sum(e.bits for e in self.kept)) // 8
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name matches one of the globs."""
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
+def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
+    """Decide for every parameter of the model (which may be on the meta device).
+
+    Raises:
+        ConfigError: a skip, override or allow pattern matches nothing.
+        UnsupportedModel: nothing to quantize, or a parameter nobody knows how to treat and `job.allow` does not name.
+        UnsupportedSpec: a solver or a format refuses a site; all such sites are listed.
+    """
+    _refuse_unrun(recipe)
+    found = list(walk(model))
+    named = [s.name for s in found]
+    others = _tied_otherwise(model)
+    chosen = _overrides(named, job)
+    tied = ties(model)
+    for end, table in tied.items():  # one matrix: whichever end is named, all are quantized
+        if end in chosen:
+            chosen.setdefault(table, chosen.pop(end))
+    for pattern in job.skip:
+        if not any(fnmatchcase(n, pattern) for n in named):
+            raise ConfigError(f"skip pattern {pattern!r} matches no layer{did_you_mean(pattern, named)}")
+    sites: dict[str, SitePlan] = {}
+    reasons: dict[str, str] = {}
+    problems: list[str] = []
+    for site in found:
+        if site.name in tied:
+            continue
+        kept = "skipped by the user" if matches(site.name, job.skip) else kept_reason(site.name)
+        if partner := others.get(site.name):
+            kept = kept or f"shares its weight with {partner}"
+        if site.kind == "embedding" and site.name not in chosen:
+            kept = kept or "embedding; name it in overrides to quantize it"
+        if site.name in chosen:
+            own = chosen[site.name]
+            kept = "kept by an override" if own is None else None
+        else:
+            own = recipe
+        if kept is not None or own is None:
+            reasons[site.name] = kept or "kept"
+            continue
+        try:
+            shares = tuple(end for end, table in tied.items() if table == site.name)
+            sites[site.name] = _site_plan(site, own, shares)
+        except UnsupportedSpec as error:
+            problems.append(f"{site.name}: {error}")
+    if problems:
+        raise UnsupportedSpec("; ".join(problems))
+    if not sites:
+        raise UnsupportedModel(
+            "there is nothing to quantize: no linear layer is left after skip, overrides and defaults"
+        )
+    return Plan(tuple(find_blocks(model)), sites, _coverage(model, sites, reasons, job))
+
+
+def _refuse_unrun(recipe: Recipe) -> None:
+    """A stage that the loop does not run yet must not be passed over in silence."""
+    for stage in ("tuner", "trainer", "allocator", "serving", "cache"):
+        if getattr(recipe, stage):
+            raise UnsupportedSpec(f"the recipe has a {stage}, which the loop does not run yet")
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Module -> embedding, for every linear layer and every other embedding that shares an embedding's weight."""
+    found = {}
+    for end, table in _tied_modules(model).items():
+        module = model.get_submodule(end)
+        takes_part = linear_shape(module) is not None or isinstance(module, nn.Embedding)
+        if takes_part and isinstance(model.get_submodule(table), nn.Embedding):
+            found[end] = table
+    return found
+
+
+def _tied_modules(model: nn.Module) -> dict[str, str]:
+    """Module -> the module whose weight it shares."""
+    keys: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    weights = {a: b for a, b in keys.items() if a.endswith(".weight") and b.endswith(".weight")}
+    return {a.removesuffix(".weight"): b.removesuffix(".weight") for a, b in weights.items()}
+
+
+def _tied_otherwise(model: nn.Module) -> dict[str, str]:
+    """Module -> module of every tie that is not to an embedding, both ways round."""
+    tied = ties(model)
+    rest = {a: b for a, b in _tied_modules(model).items() if a not in tied}
+    return rest | {b: a for a, b in rest.items()}
+
+
+def _site_plan(site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
+    if site.kind == "embedding":  # a lookup has no activations to calibrate on
+        plain = {"objective": None, "solver": Nearest(), "splitter": None, "repairs": (), "inputs": None}
+        recipe = replace(recipe, **plain)  # type: ignore[arg-type]
+    layer = Layer(site.shape, recipe.weights, recipe.inputs)
+    refusal = recipe.solver.refuses(recipe.weights)
+    if refusal:
+        raise UnsupportedSpec(f"{type(recipe.solver).__name__}: {refusal}")
+    if recipe.format is None:
+        return SitePlan(site, recipe, layer, format_for(layer), shares)
+    fmt = format_named(recipe.format)
+    if reason := fmt.holds(layer):
+        raise UnsupportedSpec(f"{fmt.id}: {reason}")
+    return SitePlan(site, recipe, layer, fmt, shares)
+
+
+def _overrides(names: Sequence[str], job: Job) -> dict[str, Recipe | None]:
+    """Site name -> the recipe of the first pattern that matches it."""
+    chosen: dict[str, Recipe | None] = {}
+    for pattern, own in job.overrides.items():
+        hits = [n for n in names if fnmatchcase(n, pattern)]
+        if not hits:
+            raise ConfigError(f"override pattern {pattern!r} matches no layer{did_you_mean(pattern, names)}")
+        for name in hits:
+            chosen.setdefault(name, own)
+    return chosen
+
+
+def _coverage(
+    model: nn.Module, sites: Mapping[str, SitePlan], reasons: Mapping[str, str], job: Job
+) -> tuple[Entry, ...]:
+    entries: list[Entry] = []
+    unknown: list[str] = []
+    tied = getattr(model, "all_tied_weights_keys", {})  # listed once, under the name they are saved with
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if parameter.numel() <= SMALL or (owner in sites and name.endswith(".weight")) or name in tied:
+            continue
+        reason = reasons.get(owner) or _reason(name, model.get_submodule(owner), parameter)
+        bits = parameter.numel() * parameter.element_size() * 8
+        if reason is None:
+            if not (matches(name, job.allow) or matches(owner, job.allow)):
+                unknown.append(f"{name} {tuple(parameter.shape)} in {type(model.get_submodule(owner)).__name__}")
+            entries.append(
+                _entry(name, parameter, "unsupported", "no stage can quantize it yet; allowed by name", bits)
+            )
+        else:
+            entries.append(_entry(name, parameter, "kept", reason, bits))
+    if unknown:
+        globs = covering([u.split()[0] for u in unknown], [name for name, _ in model.named_parameters()])
+        raise UnsupportedModel(
+            "these parameters would stay in full precision because nothing here can quantize them: "
+            + "; ".join(unknown)
+            + f". To go on without: allow={globs}"
+        )
+    return tuple(entries)
+
+
+def _entry(name: str, parameter: torch.Tensor, status: str, reason: str, bits: int) -> Entry:
+    return Entry(name=name, shape=tuple(parameter.shape), status=status, reason=reason, bits=bits)  # type: ignore[arg-type]
+
+
+def _reason(name: str, owner: nn.Module, parameter: torch.Tensor) -> str | None:
+    """Why a parameter that is no site stays in full precision; None when nobody knows."""
+    leaf = name.rpartition(".")[2]
+    if parameter.dim() <= 1 or sum(s > 1 for s in parameter.shape) <= 1:
+        return "vector (norm, bias or token)"
+    if isinstance(owner, nn.Embedding):
+        return "embedding; name it in overrides to quantize it"
+    if "pos" in leaf or "pos" in type(owner).__name__.lower():
+        return "position table"
+    if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d) and leaf == "weight":
+        if owner.groups == owner.in_channels:
+            return "depthwise convolution"
+        if "patch" in name or owner.kernel_size == owner.stride != (1, 1):
+            return "patch embedding"
+        return None
+    if leaf in ("A_log", "D"):
+        return "state-space parameter"
+    if leaf == "bias" or leaf.endswith("_bias"):
+        return "bias"
+    if "router" in name.split(".") or "gate" in name.split("."):
+        return "router"
+    return None

@@ -1,0 +1,69 @@
+"""Activation quantization of a layer's input: dynamic ranges from the tokens, static ones from stored tensors."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_quant.grids import IntGrid
+from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest
+from hf_quant.spec import Spec
+
+
+def refuses(spec: Spec | None) -> str | None:
+    """None when inputs can be quantized so at run time, else the reason why not."""
+    if spec is None:
+        return None
+    if not isinstance(spec.grid, IntGrid):
+        return f"inputs need an integer grid, not {type(spec.grid).__name__}"
+    if spec.zero == "float":
+        return "inputs take an integer zero point or none"
+    if spec.index not in ("none", "token"):
+        return f"inputs indexed by {spec.index} need a table of scales"
+    if spec.range == "static" and spec.block != (-1, -1):
+        return f"static inputs have one scale for the whole tensor, not blocks of {spec.block}"
+    if spec.range == "dynamic" and spec.block[0] != 1:
+        return f"dynamic inputs need their own scale for each token, not blocks of {spec.block}"
+    return None
+
+
+def input_layout(spec: Spec | None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of the tensors a layer keeps for its inputs: none unless the range is static."""
+    if spec is None or spec.range == "dynamic":
+        return {}
+    scale: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"input_scale": ((spec.entries,), torch.float32)}
+    return scale | ({"input_zero_point": ((spec.entries,), torch.int32)} if spec.zero == "int" else {})
+
+
+def pack_input(scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
+    """A fitted static range (`[entries, 1]` scales, and zeros on the grid or None) -> the tensors of `input_layout`."""
+    tensors = {"input_scale": scale.detach().reshape(-1).float()}
+    return tensors if zero is None else tensors | {"input_zero_point": zero.detach().reshape(-1).int()}
+
+
+def check_input(spec: Spec | None, tensors: Mapping[str, Tensor]) -> str | None:
+    """None when loaded input tensors are usable, else what is wrong."""
+    if "input_scale" in tensors and not bool((tensors["input_scale"] > 0).all()):
+        return "input_scale is not positive"
+    if spec is not None and "input_zero_point" in tensors and isinstance(spec.grid, IntGrid):
+        zero = int(tensors["input_zero_point"])
+        if not spec.grid.low <= zero <= spec.grid.high:
+            return f"input_zero_point {zero} is outside {spec.grid.low} .. {spec.grid.high}"
+    return None
+
+
+def quantize_input(x_TK: Tensor, spec: Spec, tensors: Mapping[str, Tensor]) -> QTensor:
+    """Codes of the tokens: each token has its own scale (dynamic), or all share `input_scale` (static)."""
+    if spec.range == "static":
+        scale, zero = tensors["input_scale"].float().reshape(1, 1), None
+        if spec.zero == "int":
+            zero = tensors["input_zero_point"].float().reshape(1, 1)
+    else:
+        blocks = as_blocks(x_TK, spec)
+        scale, zero = from_extremes(blocks.amin(-1), blocks.amax(-1), spec)
+    return nearest(x_TK, scale, zero, spec)
+
+
+def fake_quantize(x_TK: Tensor, spec: Spec | None, tensors: Mapping[str, Tensor]) -> Tensor:
+    """`x_TK` rounded onto its grid, in x's type; unchanged when `spec` is None."""
+    return x_TK if spec is None else quantize_input(x_TK, spec, tensors).dequantize(x_TK.dtype)

@@ -1,0 +1,202 @@
+"""QuantLinear: a linear layer that runs from packed weights. One class; what a method adds are fields of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_quant.errors import ConfigError
+from hf_quant.formats import Layer, PackedFormat, choose_kernel, format_named
+from hf_quant.qtensor import QTensor
+from hf_quant.runtime.activation import pack_input
+from hf_quant.runtime.branches import Branch
+from hf_quant.runtime.layouts import expect
+from hf_quant.runtime.packed import Packed, frozen, local
+from hf_quant.sites import Kind
+from hf_quant.spec import Spec
+
+
+class QuantLinear(Packed, nn.Linear):
+    """`y = q(s x) Q^T + ((s x) down^T) up^T + b`, with Q packed `[N, K]`.
+
+    `s` (`pre_scale` `[K]`), the low-rank branch (`lr_down` `[R, K]`, `lr_up` `[N, R]`) and `b` are there only when
+    needed. A static input range lies beside the codes as `input_scale` (and `input_zero_point`). The logical weight
+    `.weight` is `(Q + up down) diag(s)`.
+    """
+
+    kind: Kind
+    pre_scale: nn.Parameter | None
+    lr_down: nn.Parameter | None
+    lr_up: nn.Parameter | None
+
+    def __init__(
+        self,
+        fmt: PackedFormat,
+        layer: Layer,
+        tensors: dict[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        kind: Kind = "linear",
+        bias: Tensor | None = None,
+        pre_scale: Tensor | None = None,
+        lr_down: Tensor | None = None,
+        lr_up: Tensor | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        self.out_features, self.in_features = layer.shape
+        self.kind = kind
+        self._hold(fmt, layer, tensors, dtype)
+        for name, tensor in (("pre_scale", pre_scale), ("lr_down", lr_down), ("lr_up", lr_up), ("bias", bias)):
+            self.register_parameter(name, None if tensor is None else frozen(tensor))
+
+    @classmethod
+    def from_qtensor(
+        cls,
+        q: QTensor,
+        fmt: PackedFormat,
+        *,
+        kind: Kind = "linear",
+        bias: Tensor | None = None,
+        inputs: Spec | None = None,
+        input_range: tuple[Tensor, Tensor | None] | None = None,
+        pre_scale: Tensor | None = None,
+        branches: Sequence[Branch] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> "QuantLinear":
+        """A ready layer from what a solver returned.
+
+        Args:
+            q: the weight.
+            fmt: a format that holds it.
+            kind: what `dequantize_model` puts back: nn.Linear, or GPT-2's Conv1D, which stores the matrix transposed.
+            bias: `[N]`; an existing Parameter is kept as it is.
+            inputs: how activations are quantized, or None.
+            input_range: (scale, zero) of a static `inputs`, as `qtensor.from_extremes` gives them.
+            pre_scale: `[K]`, multiplied into the input at run time (a smoothing that could not be folded away).
+            branches: low-rank terms; several become one of the summed rank.
+            dtype: compute dtype.
+        """
+        layer = Layer(q.shape, q.spec, inputs)
+        tensors = fmt.pack(q) | (pack_input(*input_range) if input_range is not None else {})
+        down = torch.cat([b.down_RK for b in branches]).to(dtype) if branches else None
+        up = torch.cat([b.up_NR for b in branches], 1).to(dtype) if branches else None
+        scale = None if pre_scale is None else pre_scale.to(dtype)
+        module = cls(fmt, layer, tensors, dtype=dtype, kind=kind, bias=bias, pre_scale=scale, lr_down=down, lr_up=up)
+        module.prepare()
+        return module
+
+    def describe(self) -> dict[str, Any]:
+        """All that `from_json` needs besides shape and bias, JSON-safe."""
+        inputs = self.layer.inputs
+        return {
+            "format": self.format.id,
+            "weights": self.layer.weights.to_json(),
+            "inputs": None if inputs is None else inputs.to_json(),
+            "rank": 0 if self.lr_down is None else self.lr_down.shape[0],
+            "pre_scale": self.pre_scale is not None,
+        }
+
+    @classmethod
+    def from_json(
+        cls, data: dict[str, Any], shape: tuple[int, int], *, kind: Kind, bias: bool, dtype: torch.dtype
+    ) -> "QuantLinear":
+        """An empty layer on the meta device with the shapes and types of a saved one.
+
+        Raises:
+            CheckpointError: a format that is not known here.
+            ConfigError: a spec or rank that is not valid.
+        """
+        fmt = format_named(data["format"])
+        inputs = None if data["inputs"] is None else Spec.from_json(data["inputs"])
+        layer = Layer(shape, Spec.from_json(data["weights"]), inputs)
+        (n, k), rank = shape, data["rank"]
+        if not isinstance(rank, int) or not 0 <= rank <= max(n, k):
+            raise ConfigError(f"rank={rank!r}: a low-rank branch of a [{n}, {k}] matrix has 0 to {max(n, k)} terms")
+
+        def empty(*size: int) -> Tensor:
+            return torch.empty(size, dtype=dtype, device="meta")
+
+        return cls(
+            fmt,
+            layer,
+            {name: torch.empty(s, dtype=d, device="meta") for name, (s, d) in fmt.layout(layer).items()},
+            dtype=dtype,
+            kind=kind,
+            bias=empty(n) if bias else None,
+            pre_scale=empty(k) if data["pre_scale"] else None,
+            lr_down=empty(rank, k) if rank else None,
+            lr_up=empty(n, rank) if rank else None,
+        )
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Choose the kernel for this device and compute dtype; nothing on the meta device. See `lay_out`."""
+        self._unprepare()
+        device = local(self.qweight).device
+        if device.type == "meta":
+            return
+        self._settle()
+        self.kernel, self.refused = choose_kernel(self.format, self.local_layer(), device, self.compute_dtype)
+        if self.kernel != "reference":
+            self._blob = None
+            expect(self)
+        self._ready = (device, self.compute_dtype)
+
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Make what the chosen kernel needs of the canonical tensors: at the first forward, or before a compilation."""
+        if self._blob is None and self._ready is not None:
+            tensors, layer = self.packed_tensors(), self.local_layer()
+            chosen = next(k for k in self.format.kernels if k.name == self.kernel)
+            self._blob = chosen.prepare(tensors, layer, self.compute_dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The logical weight `(Q + up down) diag(s)`, computed in float32."""
+        if self.lr_up is None and self.pre_scale is None:
+            return super().dequantize(dtype)
+        W_NK = super().dequantize(torch.float32)
+        if self.lr_up is not None and self.lr_down is not None:
+            W_NK = W_NK + self.lr_up.float() @ self.lr_down.float()
+        if self.pre_scale is not None:
+            W_NK = W_NK * self.pre_scale.float()
+        return W_NK.to(dtype or self.compute_dtype)
+
+    def _without_extras(self, W_NK: Tensor) -> Tensor:
+        if self.pre_scale is not None:
+            W_NK = W_NK.float() / self.pre_scale.float()
+        if self.lr_up is not None and self.lr_down is not None:
+            W_NK = W_NK.float() - self.lr_up.float() @ self.lr_down.float()
+        return W_NK
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., K] -> [..., N]` in the type of x (of autocast, where it is on)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.pre_scale is not None:
+            x = x * self.pre_scale.to(x.dtype)
+        tensors = self.packed_tensors()
+        ready = self._ready == (x.device, x.dtype)  # not after an offload hook or an upcast: then the reference runs
+        if self._blob is None and not torch.compiler.is_compiling():
+            self.lay_out()
+        blob = self._blob if ready else None
+        y = self.format.linear(
+            x.reshape(-1, x.shape[-1]),
+            tensors,
+            blob or [],
+            self.local_layer(),
+            "reference" if blob is None else self.kernel,
+        )
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        if self.lr_down is not None and self.lr_up is not None:
+            y = y + F.linear(F.linear(x, self.lr_down.to(x.dtype)), self.lr_up.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """One line for `print(model)`."""
+        rank = "" if self.lr_down is None else f", rank={self.lr_down.shape[0]}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format.id}, kernel={self.kernel}{rank}"
+        )

@@ -1,0 +1,232 @@
+"""Packed: what quantized linears and embeddings share. A matrix held as the canonical tensors of a packed format."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.errors import UnsupportedSpec
+from hf_quant.formats import Layer, PackedFormat, format_named
+from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest
+from hf_quant.runtime.weight_view import WeightView
+from hf_quant.spec import Spec
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Packed(nn.Module, ABC):
+    """Mixin: the canonical tensors are frozen Parameters under the format's names, `.weight` is a lazy logical view.
+
+    No cast (`.half()`, `.to(dtype)`) changes the value of a weight: it changes `compute_dtype`, and scales follow only
+    where the new type holds every one of them exactly (so that `model.dtype`, the first floating Parameter's, is
+    right). They are saved in the type of the layout. Whoever writes into packed tensors in place calls `prepare()`.
+
+    Attributes:
+        format: the packed format.
+        layer: the layer as the format sees it, whole (not a shard of it).
+        compute_dtype: type of `.weight` and of the activations that the kernel was chosen for.
+        kernel: name of the kernel that runs; "reference", or "lookup" for an embedding.
+        refused: why each kernel before it refused.
+    """
+
+    format: PackedFormat
+    layer: Layer
+    compute_dtype: torch.dtype
+    kernel: str
+    refused: dict[str, str]
+    qweight: nn.Parameter
+    _names: tuple[str, ...]
+    _qweight_shape: tuple[int, ...]
+    _blob: list[Tensor] | None  # None: the kernel is chosen, its layout not made yet
+    _ready: tuple[torch.device, torch.dtype] | None
+    _hf_quantized_needs_local_tp: ClassVar[bool] = True  # tensor parallelism hands local tensors to forward
+    _expose_weight: ClassVar[bool] = False
+
+    def _hold(self, fmt: PackedFormat, layer: Layer, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Adopt the canonical tensors (of the layout's names)."""
+        self.format, self.layer, self.compute_dtype = fmt, layer, dtype
+        layout = fmt.layout(layer)
+        self._names, self._qweight_shape = tuple(layout), layout["qweight"][0]
+        self._unprepare()
+        for name in layout:
+            self.register_parameter(name, frozen(tensors[name]))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(N, K) of the logical weight."""
+        return self.layer.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The logical weight: a `WeightView`, or while compiling the dequantized matrix (dropped when unused)."""
+        return self.dequantize() if torch.compiler.is_compiling() else WeightView(self)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if not (isinstance(value, WeightView) and value.owner is self):
+            self.requantize_(value)
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Name -> canonical tensor (local shards under tensor parallelism)."""
+        return {name: local(getattr(self, name)) for name in self._names}
+
+    def qtensor(self) -> QTensor:
+        """The codes, scales and zero points."""
+        return self.format.unpack(self.packed_tensors(), self.local_layer())
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The logical weight `[N, K]`, dense, in `dtype` (default: the compute dtype)."""
+        return self.format.weight(self.packed_tensors(), self.local_layer(), dtype or self.compute_dtype)
+
+    @torch.no_grad()
+    def requantize_(self, W_NK: Tensor) -> None:
+        """Quantize another logical weight into this module: min-max ranges, then nearest. Lossy, in place.
+
+        Branches and pre-scales stay as they are; the codes take up the difference.
+
+        Raises:
+            UnsupportedSpec: the grid has no min-max fit (vector codes, codebooks of their own).
+        """
+        if tuple(W_NK.shape) != self.matrix_shape:
+            raise UnsupportedSpec(
+                f"a weight of shape {list(W_NK.shape)} cannot be assigned to a quantized {list(self.matrix_shape)}; "
+                "dequantize the model first"
+            )
+        packed = self.format.pack(refit(self._without_extras(W_NK.detach()), self.layer.weights))
+        for name, tensor in packed.items():
+            parameter = getattr(self, name)
+            parameter.copy_(tensor.to(parameter.device))
+        self.prepare()
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint says about this module besides its shape, JSON-safe."""
+
+    def _without_extras(self, W_NK: Tensor) -> Tensor:
+        """What the codes must hold for the logical weight to be `W_NK`."""
+        return W_NK
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a kernel was chosen for the tensors at hand."""
+        return self._ready is not None
+
+    def _unprepare(self) -> None:
+        self.kernel, self.refused, self._blob, self._ready = "reference", {}, [], None
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make ready to run on the device where the tensors are; nothing happens on the meta device."""
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Floating tensors into the compute dtype where that changes no value (see the class)."""
+        for parameter in self.packed_parameters():
+            if parameter.is_floating_point() and not hasattr(parameter, "to_local"):
+                parameter.data = _where_exact(parameter.data, self.compute_dtype)
+
+    def local_layer(self) -> Layer:
+        """The layer of the tensors at hand: of a shard under tensor parallelism (N goes with qweight's rows, K with
+        its columns), else the whole.
+        """
+        qweight, whole = local(self.qweight), self._qweight_shape
+        if tuple(qweight.shape) == whole:
+            return self.layer
+        (n, k), (rows, columns) = self.layer.shape, whole
+        return replace(self.layer, shape=(n * qweight.shape[0] // rows, k * qweight.shape[1] // columns))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+        packed = {id(p) for p in self.packed_parameters()}
+        if self.qweight.device.type != "meta":
+            dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)).dtype
+            self.compute_dtype = dtype if dtype in COMPUTE_DTYPES else self.compute_dtype
+
+        def keep_type(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if id(tensor) in packed and result.dtype != tensor.dtype:
+                return tensor.to(result.device)
+            return result
+
+        super()._apply(keep_type, recurse)  # type: ignore[no-untyped-call]
+        self.prepare()
+        return self
+
+    def packed_parameters(self) -> list[nn.Parameter]:
+        """The canonical tensors as they are registered."""
+        return [getattr(self, name) for name in self._names]
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  nn.Module's own
+        if name == "weight":  # nn.Module would register a Parameter over the property
+            object.__setattr__(self, name, value)
+            return
+        super().__setattr__(name, value)
+        if name == "qweight" and isinstance(value, Tensor):
+            self._unprepare()  # a loader or tie_weights replaced it; the blob would be of the old one
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # PEFT upcasts scales to float32 in memory; what is saved has the type of the layout
+            for name, (_, dtype) in self.format.layout(self.layer).items():
+                destination[prefix + name] = destination[prefix + name].to(dtype)
+        if Packed._expose_weight:
+            destination[prefix + "weight"] = self.weight
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the blob, which belongs to this process; and with the format by its id."""
+        state = {**self.__dict__, "format": self.format.id}
+        for name in ("kernel", "refused", "_blob", "_ready"):
+            state.pop(name)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Look the format up again and prepare."""
+        super().__setstate__(  # type: ignore[no-untyped-call]
+            {**state, "format": format_named(state["format"])}
+        )
+        self.prepare()
+
+    def reset_parameters(self) -> None:
+        """Nothing to reset: the weights come from a checkpoint or a solver."""
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """As a Parameter that never trains (keeps an existing Parameter, so ties survive)."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+
+
+def refit(W_NK: Tensor, spec: Spec) -> QTensor:
+    """Nearest codes with min-max ranges."""
+    if spec.grid.vector != 1:
+        raise UnsupportedSpec("a weight of vector codes cannot be written to; dequantize the model first")
+    blocks = as_blocks(W_NK, spec)
+    scale, zero = from_extremes(blocks.amin(-1), blocks.amax(-1), spec)
+    return nearest(W_NK, scale, zero, spec)
+
+
+def _where_exact(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype` when that holds every value, else as it is."""
+    cast = tensor.to(dtype)
+    return cast if torch.equal(cast.double(), tensor.double()) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor under tensor parallelism, else the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@contextmanager
+def expose_logical_weights() -> Iterator[None]:
+    """Inside, `state_dict()` also lists `<name>.weight` (the lazy view), for code that looks shapes up by key."""
+    before, Packed._expose_weight = Packed._expose_weight, True
+    try:
+        yield
+    finally:
+        Packed._expose_weight = before

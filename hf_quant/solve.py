@@ -1,0 +1,94 @@
+"""Solve one site: float weight and statistics in, packed layer and its entry in the report out."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_quant.errors import UnsupportedModel
+from hf_quant.plan import SitePlan
+from hf_quant.qtensor import QTensor, row_slices
+from hf_quant.report import Entry
+from hf_quant.runtime.branches import Branch
+from hf_quant.stages.objective import Quadratic
+from hf_quant.stats import Stats
+
+FittedRange = tuple[Tensor, Tensor | None]  # (scale, zero), each [entries, 1]
+Split = tuple[Tensor, tuple[Branch, ...]]  # what is left to round, and the branches
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solved:
+    """What solving a site gives: the codes, the branches beside them, the static range of its input, the report."""
+
+    q: QTensor
+    branches: tuple[Branch, ...]
+    input_range: FittedRange | None
+    entry: Entry
+
+
+@torch.no_grad()
+def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None = None) -> Solved:
+    """Solve and repair one weight.
+
+    Args:
+        plan: the site and its recipe.
+        W_NK: the float weight.
+        split: what the recipe's splitter made of it, if there is one.
+        stats: statistics of its input; None when none were captured, and then the codes are the nearest ones.
+
+    Raises:
+        UnsupportedModel: the weight holds NaN or infinite values.
+    """
+    started = time.perf_counter()
+    recipe, spec = plan.recipe, plan.recipe.weights
+    if not all(bool(torch.isfinite(W_NK[rows]).all()) for rows in row_slices(W_NK.shape)):
+        raise UnsupportedModel(
+            f"the weight of {plan.site.name} holds NaN or infinite values; the checkpoint is damaged"
+        )
+    quadratic = None
+    if recipe.objective is not None:
+        unit = torch.eye(W_NK.shape[1], device=W_NK.device)
+        quadratic = recipe.objective.quadratic(stats) if stats else Quadratic(unit)
+    # without statistics nothing needs a whole float32 copy, and quantizing on load must not take the room for one
+    rest, branches = split if split is not None else (W_NK if quadratic is None else W_NK.float(), ())
+    q = recipe.solver.solve(rest, spec, recipe.range, quadratic)
+    for repair in recipe.repairs:
+        branches += repair.repair(rest.float(), q, stats or {})
+    input_range = None
+    if recipe.inputs is not None and recipe.inputs.range == "static" and stats:
+        input_range = recipe.input_range.fit_inputs(stats, recipe.inputs)
+    error = relative_error(W_NK, q, branches, quadratic if stats else None)
+    bits = plan.bits + sum(t.numel() * t.element_size() * 8 for b in branches for t in (b.down_RK, b.up_NR))
+    entry = Entry(
+        name=plan.site.name + ".weight",
+        shape=plan.site.shape,
+        status="quantized",
+        format=plan.format.id,
+        bits=bits,
+        error=error,
+        error_of="output" if quadratic is not None and stats else "weight",
+        seconds=round(time.perf_counter() - started, 4),
+        spec=spec.to_json(),
+        inputs=recipe.inputs.to_json() if recipe.inputs is not None else None,
+    )
+    return Solved(q, branches, input_range, entry)
+
+
+def relative_error(W_NK: Tensor, q: QTensor, branches: tuple[Branch, ...], quadratic: Quadratic | None) -> float:
+    """`tr(E H E^T) / tr(W H W^T)` with `E = W - Q - branches`; H is the identity when unknown."""
+    above = below = 0.0
+    for rows, part in q.slices():
+        W = W_NK[rows].float()
+        E = W - part.dequantize()
+        for branch in branches:
+            E = E - branch.matrix(rows)
+        above += _size(E, quadratic)
+        below += _size(W, quadratic)
+    return above / below if below > 0 else 0.0
+
+
+def _size(M_NK: Tensor, quadratic: Quadratic | None) -> float:
+    """`tr(M H M^T)`."""
+    return float(M_NK.square().sum() if quadratic is None else (M_NK @ quadratic.H_KK * M_NK).sum())

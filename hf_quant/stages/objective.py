@@ -1,0 +1,72 @@
+"""Objective: what error counts? Everything here becomes one quadratic form that any solver can take."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from hf_quant.stages.sampler import Batch, model_inputs_of
+from hf_quant.stats import CrossGram, Gram, Stat, Stats, hessian
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quadratic:
+    """`tr(E H E^T) + 2 tr(W D E^T)` with `E = W - Q`: the output error of a layer, less what no code can change.
+
+    `H_KK = (2/N) X X^T`; `D_KK = (2/N) (X~ - X) X^T` when the target is the full-precision output W X~, else None.
+    """
+
+    H_KK: Tensor
+    D_KK: Tensor | None = None
+
+
+class Objective(Protocol):
+    """Turns captured statistics into the error a solver minimizes."""
+
+    @property
+    def needs(self) -> tuple[Stat, ...]:
+        """The statistics it reads."""
+
+    def quadratic(self, stats: Stats) -> Quadratic:
+        """The error as a quadratic form."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMse:
+    """`||(W - Q) X||^2`: outputs on the quantized path's own inputs."""
+
+    needs: ClassVar[tuple[Stat, ...]] = (Gram(),)
+
+    def quadratic(self, stats: Stats) -> Quadratic:
+        """H alone."""
+        return Quadratic(hessian(stats))
+
+
+@dataclass(frozen=True, slots=True)
+class AsymmetricMse:
+    """`||W X~ - Q X||^2`: aim at the output that the full-precision path has (GPTAQ)."""
+
+    needs: ClassVar[tuple[Stat, ...]] = (Gram(), CrossGram())
+
+    def quadratic(self, stats: Stats) -> Quadratic:
+        """H and the drift term D."""
+        count = stats[Gram()]["count"].clamp_min(1)
+        return Quadratic(hessian(stats), (stats[CrossGram()]["dx"] * (2.0 / count)).float())
+
+
+class Loss(Protocol):
+    """What the whole model is judged by: for sensitivities, Fisher statistics and training."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """A differentiable scalar, the mean over the micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoss:
+    """The loss a transformers model computes itself; a language model without labels predicts its own input."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`model(**inputs, labels=...).loss`."""
+        inputs = model_inputs_of(batch)
+        loss: Tensor = model(**{"labels": inputs.get("input_ids"), **inputs}).loss
+        return loss

@@ -1,0 +1,63 @@
+"""Sampler: which data calibrates? Turns what a user passes into micro-batches of model inputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+# Keyword arguments of the model's forward. Names that begin with "@" are kept from it: tags of the tokens that only
+# statistics and losses read, `[]`, `[B]` or `[B, S]` ("@weight", "@modality"; "timestep" is an argument and a tag).
+Batch = dict[str, Tensor]
+
+
+def model_inputs_of(batch: Batch) -> Batch:
+    """The part of a batch that the model's forward takes."""
+    return {name: value for name, value in batch.items() if not name.startswith("@")}
+
+
+def token_tags(batch: Batch, names: Sequence[str], tokens: int) -> dict[str, Tensor]:
+    """Tags of a batch, one value a token (`[T]`): a tag of a sample holds for all its tokens."""
+    found = {n: batch["@" + n] if "@" + n in batch else batch[n] for n in names}
+    return {n: tag.reshape(-1).repeat_interleave(tokens // tag.numel()) for n, tag in found.items()}
+
+
+class Sampler(Protocol):
+    """Draws calibration batches."""
+
+    def sample(self, data: Any, processor: Any, seed: int, model: nn.Module) -> list[Batch]:  # noqa: ANN401
+        """Micro-batches, the same for the same model, data and seed; diffusion samplers run the model.
+
+        Raises:
+            CalibrationError: empty, too short, or not of this model's vocabulary.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TextSampler:
+    """`samples` sequences of `length` tokens from texts, a datasets.Dataset, a path, or token ids `[n, S]`.
+
+    Ids are taken as they are (first `samples` rows, cut to `length`). Texts are tokenized, joined by the end-of-text
+    token and cut into windows, of which `samples` are drawn with the seed. No window is longer than the model takes.
+    A list of dicts of tensors (images, or ids with a mask) passes through unchanged, each dict one micro-batch.
+    """
+
+    samples: int = 128
+    length: int = 512
+    batch_size: int = 8
+
+    def sample(
+        self,
+        data: Any,  # noqa: ANN401
+        processor: Any,  # noqa: ANN401
+        seed: int,
+        model: nn.Module | None = None,
+    ) -> list[Batch]:
+        """See `Sampler.sample`."""
+        from hf_quant.calibration import check_vocabulary, context_length, model_inputs
+
+        length = min(self.length, (context_length(model) if model is not None else None) or self.length)
+        batches = model_inputs(data, processor, self.samples, length, seed, self.batch_size)
+        if model is not None:
+            check_vocabulary(batches, model)
+        return batches

@@ -1,0 +1,1 @@
+"""NF4 and FP4 as bitsandbytes stores them. Derivation: README.md."""

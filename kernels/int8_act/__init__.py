@@ -1,0 +1,1 @@
+"""8-bit weights with integer activations, multiplied as integers. Derivation: README.md."""

@@ -1,0 +1,1 @@
+"""Ranges of weights and activations, and what is calibrated for them."""

@@ -1,0 +1,1 @@
+"""Methods whose idea is the set of representable values."""

@@ -1,0 +1,1 @@
+"""Solvers: which integer for each weight."""

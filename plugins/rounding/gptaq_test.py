@@ -1,0 +1,16 @@
+"""GPTAQ on a trained model. That it equals GPTQ without drift is tested beside the solver (`gptq_test.py`)."""
+
+from statistics import fmean
+
+SETTING = {"bits": 3, "group_size": 64}
+
+
+def test_claim(judge) -> None:  # type: ignore[no-untyped-def]
+    """Well below rounding to nearest, and over three calibration sets no worse than GPTQ by more than the noise.
+
+    On this model GPTAQ is a few percent better than GPTQ on average; that order is reported, not demanded.
+    """
+    drifted, plain = ([judge.kl(method, seed=seed, **SETTING) for seed in range(3)] for method in ("gptaq", "gptq"))
+    assert fmean(drifted) <= 0.8 * judge.kl("rtn", **SETTING)
+    assert fmean(drifted) < 1.05 * fmean(plain)
+    assert drifted != plain

@@ -1,0 +1,1 @@
+"""Function-preserving rewrites made before rounding."""
