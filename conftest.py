@@ -1,9 +1,11 @@
 """Fixtures every test may use."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,3 +17,12 @@ ROOT = Path(__file__).parent
 def tiny_lm_path() -> Path:
     """The trained 5M-parameter language model that ships with the repository."""
     return ROOT / "examples" / "models" / "tiny-lm"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread. Put back afterwards: sums depend on it, and other tests compare processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -196,8 +196,8 @@ def child(run_dir: Path, out: Path) -> None:
     torch.save(model.state_dict(), out)
 
 
+@pytest.mark.usefixtures("one_thread")  # a forked child cannot use the threads of its parent
 def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    torch.set_num_threads(1)  # a forked child cannot use the threads of its parent
     whole = small_llama(layers=6)
     began = time.perf_counter()
     run(whole)
