@@ -193,12 +193,12 @@ def test_no_layer_of_a_trained_model_is_worse_than_rounding(  # type: ignore[no-
     assert all(ours < theirs for ours, theirs in spent)
 
 
-def test_claim(judge) -> None:  # type: ignore[no-untyped-def]
-    """KL at most 0.8 of rounding's, over three calibration sets that share nothing."""
+def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
+    """Over three calibration sets that share nothing."""
     setting = {"bits": 3, "group_size": 64}
-    rounded = judge.kl("rtn", **setting)
     kl = [judge.kl("gptq", seed=seed, **setting) for seed in range(3)]
-    assert max(kl) <= 0.8 * rounded
+    rounded = [judge.kl("rtn", **setting)] * 3
+    claims.order("gptq", "KL at most 0.8 of rtn's, 3 bits in groups of 64", ours=kl, theirs=rounded, factor=0.8)
 
 
 def test_searched_ranges_are_why_they_are_the_default(judge) -> None:  # type: ignore[no-untyped-def]

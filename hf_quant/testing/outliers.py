@@ -1,4 +1,4 @@
-"""Helpers for tests of methods, ours and other people's: models with the traits that methods are made for."""
+"""Models with the traits that methods are made for: outlier channels, which small models lack."""
 
 import torch
 from torch import Tensor, nn
