@@ -34,7 +34,8 @@ def short_spec(spec: Mapping[str, Any] | None) -> str:
     zero = {"none": "symmetric", "int": "asymmetric", "float": "asymmetric (float zero point)"}[spec["zero"]]
     index = "" if spec["index"] in ("none", "token") else f", per {spec['index']}"
     when = ", computed at run time" if spec["range"] == "dynamic" else ""
-    return f"{_grid(spec['grid'])}, {zero}, {sharing}{index}, {_grid(spec['scale'])} scales{when}"
+    tensor = " and one float32 scale in all" if spec.get("tensor_scale") else ""
+    return f"{_grid(spec['grid'])}, {zero}, {sharing}{index}, {_grid(spec['scale'])} scales{tensor}{when}"
 
 
 def _grid(grid: Mapping[str, Any]) -> str:
@@ -45,6 +46,10 @@ def _grid(grid: Mapping[str, Any]) -> str:
             return str(grid["dtype"])
         case "LevelGrid":
             return f"{len(grid['levels'])} levels"
+        case "MiniFloatGrid":
+            return f"E{grid['exponent']}M{grid['mantissa']} floats"
+        case "CodebookGrid":
+            return f"{grid['bits']}-bit codebooks"
         case other:
             return str(other).removesuffix("Grid").lower()
 

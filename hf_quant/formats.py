@@ -149,9 +149,14 @@ class PackedFormat(ABC):
             same = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype == dtype
             if tuple(tensor.shape) != shape or not same:
                 return f"{name} is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} is expected"
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not _finite(tensor):
                 return f"{name} holds NaN or infinite values"
         return check_input(layer.inputs, tensors)
+
+
+def _finite(tensor: Tensor) -> bool:
+    wide = tensor if tensor.element_size() > 1 else tensor.to(torch.bfloat16)  # torch cannot ask it of 8-bit floats
+    return bool(torch.isfinite(wide).all())
 
 
 _IDS: set[str] = set()

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hf_quant.errors import ConfigError
+from hf_quant.errors import ConfigError, UnsupportedSpec
 
 
 @runtime_checkable
@@ -34,6 +34,18 @@ class Grid(Protocol):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes -> float32 values."""
+
+
+@runtime_checkable
+class TableGrid(Grid, Protocol):
+    """A grid whose values are a table that everybody knows: decoding is `table()[code]`."""
+
+    @property
+    def code_bits(self) -> int:
+        """Bits per code: `bits * vector`."""
+
+    def table(self) -> Tensor:
+        """float32 `[codes, vector]`, on the CPU; at most 256 codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +132,15 @@ class LevelGrid:
         """Bits per value."""
         return (len(self.levels) - 1).bit_length()
 
+    @property
+    def code_bits(self) -> int:
+        """Bits per code."""
+        return self.bits
+
+    def table(self) -> Tensor:
+        """The levels, `[levels, 1]`."""
+        return torch.tensor(self.levels, device="cpu")[:, None]
+
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest level (the lower one on a tie)."""
         table = x.new_tensor(self.levels)
@@ -128,6 +149,120 @@ class LevelGrid:
     def decode(self, codes: Tensor) -> Tensor:
         """Codes -> float32 levels."""
         return torch.tensor(self.levels, device=codes.device)[codes.int()]
+
+
+@dataclass(frozen=True, slots=True)
+class MiniFloatGrid:
+    """Floats of one sign bit, `exponent` bits E and `mantissa` bits M; a code is the bit pattern (uint8).
+
+        value = (-1)^s 2^(max(e, 1) - bias) (m / 2^M + [e > 0]),   bias = max(2^(E - 1) - 1, 0)
+
+    Zero has two codes. `top` is the largest finite value where patterns above it are infinite or NaN (448 in E4M3,
+    whose codes are then the bytes of torch.float8_e4m3fn); None: every pattern is a value (OCP's E2M1, E2M3, E3M2).
+    """
+
+    exponent: int
+    mantissa: int
+    top: float | None = None
+    vector: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        whole = type(self.exponent) is int and type(self.mantissa) is int
+        if not whole or self.exponent < 1 or self.mantissa < 0 or not 2 <= 1 + self.exponent + self.mantissa <= 8:
+            raise ConfigError(
+                f"E{self.exponent}M{self.mantissa}: at least one exponent bit, and 2 to 8 bits with the sign"
+            )
+        if self.top is not None and self.top not in _mini_floats(self.exponent, self.mantissa, None):
+            raise ConfigError(f"top={self.top!r} is no value of E{self.exponent}M{self.mantissa}")
+
+    @property
+    def bits(self) -> int:
+        """Bits per value."""
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def code_bits(self) -> int:
+        """Bits per code."""
+        return self.bits
+
+    @property
+    def high(self) -> float:
+        """The largest value."""
+        return (
+            float(_mini_floats(self.exponent, self.mantissa, None)[: 1 << (self.bits - 1)][-1])
+            if self.top is None
+            else self.top
+        )
+
+    def table(self) -> Tensor:
+        """The values in the order of their codes, `[codes, 1]`; NaN beyond `top`."""
+        return torch.tensor(_mini_floats(self.exponent, self.mantissa, self.top), device="cpu")[:, None]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Round to nearest, ties to the even mantissa, saturating."""
+        x = x.float().contiguous()
+        size, sign = x.abs().clamp_max(self.high), x.view(torch.int32) < 0
+        lowest = 1 - _bias(self.exponent)  # of the exponents; it has the step of the subnormals too
+        e = (size.view(torch.int32) >> 23).sub_(127).clamp_min_(lowest)
+        steps = size / ((e + (127 - self.mantissa)) << 23).view(torch.float32)
+        # a rounding up to the next power of two carries from the mantissa into the exponent by itself
+        code = steps.round_().to(torch.int32) + ((e - lowest) << self.mantissa)
+        return (code + (sign.to(torch.int32) << (self.bits - 1))).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes -> float32 values."""
+        return self.table().to(codes.device).flatten()[codes.int()]
+
+
+def _bias(exponent: int) -> int:
+    return max((1 << (exponent - 1)) - 1, 0)
+
+
+@cache
+def _mini_floats(exponent: int, mantissa: int, top: float | None) -> tuple[float, ...]:
+    """The value of every code."""
+    positive = [
+        2.0 ** (max(e, 1) - _bias(exponent)) * (m / (1 << mantissa) + (e > 0))
+        for e in range(1 << exponent)
+        for m in range(1 << mantissa)
+    ]
+    positive = [v if top is None or v <= top else float("nan") for v in positive]
+    return (*positive, *(-v for v in positive))
+
+
+E4M3 = MiniFloatGrid(4, 3, 448.0)
+E5M2 = MiniFloatGrid(5, 2, 57344.0)
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookGrid:
+    """`2^bits` levels for each block of a matrix, stored with it (`QTensor.codebook`); a code is its level's rank.
+
+    Without the matrix it cannot say what a code means: `qtensor.lookup` and `codebooks.fit_codebooks` do.
+    """
+
+    bits: int
+    vector: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not 1 <= self.bits <= 8:
+            raise ConfigError(f"bits={self.bits!r}: a codebook has codes of 1 to 8 bits")
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Refused.
+
+        Raises:
+            UnsupportedSpec: always; see the class.
+        """
+        raise UnsupportedSpec("codebooks are fitted to the weights; use a solver that does this, such as squeezellm's")
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Refused.
+
+        Raises:
+            UnsupportedSpec: always; see the class.
+        """
+        raise UnsupportedSpec("codes of a codebook mean nothing without the matrix they were stored with")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +293,9 @@ def _dynamic_values() -> Tensor:
     return torch.cat((-positive, torch.tensor([0.0, 1.0]), positive)).sort().values
 
 
-GRIDS: dict[str, type[Any]] = {c.__name__: c for c in (IntGrid, FloatGrid, LevelGrid, DynamicGrid)}
+GRIDS: dict[str, type[Any]] = {
+    c.__name__: c for c in (IntGrid, FloatGrid, LevelGrid, MiniFloatGrid, CodebookGrid, DynamicGrid)
+}
 
 
 def grid_to_json(grid: Grid) -> dict[str, Any]:

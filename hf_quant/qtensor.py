@@ -1,13 +1,13 @@
 """QTensor: what a solver returns and a format packs. `dequantize` is THE definition of the stored value."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.grids import Grid, IntGrid, LevelGrid
+from hf_quant.grids import FloatGrid, Grid, IntGrid, MiniFloatGrid, TableGrid
 from hf_quant.spec import Spec
 
 
@@ -19,6 +19,9 @@ class QTensor:
     `spec.scale`'s grid; `zero` is None exactly when `spec.zero == "none"`; an "int" zero is on `spec.grid`.
     When the scales are themselves stored as codes with scales (double quantization), `scale` is their value and
     `nested` holds what is stored, by name; else `nested` is None.
+    `codebook` is float32 `[*spec.blocks((N, K)), 2^bits]`, ascending, on `spec.scale`'s grid, when the grid is a
+    `CodebookGrid`, else None; the levels then carry the scale and `scale` is all ones.
+    `tensor_scale` is float32 `[1]` when `spec.tensor_scale`, else None.
     """
 
     codes: Tensor
@@ -27,24 +30,43 @@ class QTensor:
     spec: Spec
     shape: tuple[int, int]
     nested: Mapping[str, Tensor] | None = None
+    codebook: Tensor | None = None
+    tensor_scale: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`W_NK = (decode(codes) - zero) * scale`, computed in float32, then cast."""
-        values = self.spec.grid.decode(self.codes)
+        """`W_NK = (decode(codes) - zero) * scale [* tensor_scale]`, computed in float32, then cast.
+
+        By slices of rows, which gives the same bits without float32 temporaries of the whole matrix.
+        """
+        parts = [part._values().to(dtype) for _, part in self.slices()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _values(self) -> Tensor:
+        if self.codebook is None:
+            values = self.spec.grid.decode(self.codes)
+        else:
+            values = lookup(self.codebook, self.codes, self.spec, self.shape)
         if self.zero is not None:
             values = values - expand(self.zero, self.spec, self.shape)
-        return (values * expand(self.scale, self.spec, self.shape)).to(dtype)
+        values = values * expand(self.scale, self.spec, self.shape)
+        return values if self.tensor_scale is None else values * self.tensor_scale
 
     def slices(self) -> Iterator[tuple[slice, "QTensor"]]:
         """The matrix by slices of rows (see `row_slices`); all at once where a block is several rows high."""
-        if self.spec.block[0] not in (1, -1):
-            yield slice(None), self
-            return
-        for rows in row_slices(self.shape):
-            of_scale = rows if self.scale.shape[0] > 1 else slice(None)
-            zero = None if self.zero is None else self.zero[of_scale]
-            codes = self.codes[rows]
-            yield rows, QTensor(codes, self.scale[of_scale], zero, self.spec, (codes.shape[0], self.shape[1]))
+        whole = self.spec.block[0] not in (1, -1)
+        for rows in [slice(None)] if whole or self.shape[0] == 0 else row_slices(self.shape):
+            yield rows, self.rows(rows)
+
+    def rows(self, rows: slice | Tensor) -> "QTensor":
+        """Some of the rows, where each has its own scales or all share them."""
+
+        def own(blocks: Tensor | None) -> Tensor | None:
+            return blocks if blocks is None or blocks.shape[0] == 1 else blocks[rows]
+
+        codes, scale = self.codes[rows], own(self.scale)
+        assert scale is not None  # noqa: S101  only what is None stays None
+        shape = codes.shape[0], self.shape[1]
+        return replace(self, codes=codes, scale=scale, zero=own(self.zero), codebook=own(self.codebook), shape=shape)
 
 
 def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -62,6 +84,16 @@ def expand(blocks: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
     return blocks
 
 
+def lookup(codebook: Tensor, codes: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
+    """Each code's level in the codebook of its block: `[N, K]`."""
+    (rows, columns), levels = spec.block_size(shape), codebook.shape[-1]
+    row, column = (torch.arange(size, device=codes.device) // b for size, b in zip(shape, (rows, columns), strict=True))
+    if codebook.shape[0] == 1:
+        row = torch.zeros_like(row)
+    first = (row[:, None] * codebook.shape[1] + column) * levels
+    return codebook.flatten()[first + codes]
+
+
 def nearest(W_NK: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> QTensor:
     """Round to nearest: `codes = encode(W / scale + zero)`."""
     shape = (W_NK.shape[0], W_NK.shape[1])
@@ -77,6 +109,33 @@ def as_blocks(W_NK: Tensor, spec: Spec) -> Tensor:
     (bn, bk), (nb, kb) = spec.block_size(shape), spec.blocks(shape)
     padded = F.pad(W_NK.float(), (0, kb * bk - shape[1], 0, nb * bn - shape[0]))
     return padded.reshape(nb, bn, kb, bk).permute(0, 2, 1, 3).reshape(nb, kb, bn * bk)
+
+
+def from_blocks(blocks: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
+    """Inverse of `as_blocks`: `[nb, kb, values] -> [N, K]`, without the padding."""
+    (bn, bk), (nb, kb) = spec.block_size(shape), spec.blocks(shape)
+    whole = blocks.reshape(nb, kb, bn, bk).permute(0, 2, 1, 3).reshape(nb * bn, kb * bk)
+    return whole[: shape[0], : shape[1]].contiguous()
+
+
+def without_outer(W_NK: Tensor, spec: Spec) -> tuple[Tensor, Spec, Tensor | None]:
+    """What a solver sees of a matrix with a tensor scale: (the matrix over that scale, the spec without it, the scale).
+
+    The scale makes the largest value of the tensor the largest product of the two grids.
+    """
+    if not spec.tensor_scale:
+        return W_NK, spec, None
+    tops = _edges(spec.grid)[1] * _edges(spec.scale)[1]
+    top = torch.stack([W_NK[rows].abs().amax().float() for rows in row_slices(W_NK.shape)]).amax()
+    scale = torch.where(top > 0, top / tops, torch.ones_like(top)).reshape(1)
+    return W_NK.float() / scale, replace(spec, tensor_scale=False), scale
+
+
+def with_outer(q: QTensor, tensor_scale: Tensor | None) -> QTensor:
+    """The quantized matrix whose `without_outer` a solver made `q` of."""
+    if tensor_scale is None:
+        return q
+    return replace(q, spec=replace(q.spec, tensor_scale=True), tensor_scale=tensor_scale)
 
 
 def from_extremes(low: Tensor, high: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
@@ -101,8 +160,14 @@ def _edges(grid: Grid) -> tuple[float, float]:
     match grid:
         case IntGrid():
             return grid.low, grid.high
-        case LevelGrid():
-            return grid.levels[0], grid.levels[-1]
+        case MiniFloatGrid():
+            return -grid.high, grid.high
+        case FloatGrid():
+            top = torch.finfo(grid.torch_dtype).max
+            return -top, top
+        case TableGrid():
+            table = grid.table()
+            return float(table.min()), float(table.max())
         case _:
             return -1.0, 1.0
 
@@ -110,4 +175,4 @@ def _edges(grid: Grid) -> tuple[float, float]:
 def round_scale(scale: Tensor, spec: Spec) -> Tensor:
     """Onto the grid that stores it; zero (or underflow) becomes 1."""
     rounded = spec.scale.decode(spec.scale.encode(scale))
-    return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
+    return torch.where((rounded > 0) & (scale > 0), rounded, torch.ones_like(rounded))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_quant.errors import UnsupportedModel
 from hf_quant.plan import SitePlan
-from hf_quant.qtensor import QTensor, row_slices
+from hf_quant.qtensor import QTensor, row_slices, with_outer, without_outer
 from hf_quant.report import Entry
 from hf_quant.runtime.branches import Branch
 from hf_quant.stages.objective import Quadratic
@@ -53,7 +53,8 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
         quadratic = recipe.objective.quadratic(stats) if stats else Quadratic(unit)
     # without statistics nothing needs a whole float32 copy, and quantizing on load must not take the room for one
     rest, branches = split if split is not None else (W_NK if quadratic is None else W_NK.float(), ())
-    q = recipe.solver.solve(rest, spec, recipe.range, quadratic)
+    inner, inner_spec, outer = without_outer(rest, spec)
+    q = with_outer(recipe.solver.solve(inner, inner_spec, recipe.range, quadratic), outer)
     for repair in recipe.repairs:
         branches += repair.repair(rest.float(), q, stats or {})
     input_range = None
@@ -70,7 +71,7 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
         error=error,
         error_of="output" if quadratic is not None and stats else "weight",
         seconds=round(time.perf_counter() - started, 4),
-        spec=spec.to_json(),
+        spec=q.spec.to_json(),
         inputs=recipe.inputs.to_json() if recipe.inputs is not None else None,
     )
     return Solved(q, branches, input_range, entry)

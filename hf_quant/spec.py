@@ -13,7 +13,7 @@ When = Literal["static", "dynamic"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """How one tensor is quantized: `value = (grid.decode(code) - zero) * scale`.
+    """How one tensor is quantized: `value = (grid.decode(code) - zero) * scale [* tensor_scale]`.
 
     Attributes:
         grid: the representable values before scaling.
@@ -25,6 +25,7 @@ class Spec:
         scale: the grid on which scales are stored.
         zero: zero point: none, an integer on the grid, or a float.
         range: static (stored) or dynamic (computed from the tensor at run time).
+        tensor_scale: one more float32 scale, for the whole tensor (NVFP4), so that the others fit their grid.
     """
 
     grid: Grid
@@ -34,6 +35,7 @@ class Spec:
     scale: Grid = FloatGrid("bfloat16")
     zero: Zero = "none"
     range: When = "static"
+    tensor_scale: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))  # JSON hands us a list
@@ -51,6 +53,11 @@ class Spec:
         if self.entries > 1 and (self.index in ("none", "token") or self.range == "dynamic"):
             raise ConfigError(f"entries={self.entries}: only a static range indexed by more than the token is a table")
 
+        if self.tensor_scale and (self.range == "dynamic" or self.index != "none" or self.zero == "float"):
+            raise ConfigError(
+                "a tensor scale goes with static scales of a weight, without an index or float zero points"
+            )
+
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of the scale tensor for a tensor of `shape`: the last block of an axis may be ragged."""
         rows, columns = self.block_size(shape)
@@ -62,7 +69,8 @@ class Spec:
         return rows, columns
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-safe dict; `from_json` is its inverse."""
+        """JSON-safe dict; `from_json` is its inverse. What most specs do not have is left out when they have not."""
+        rare = {"tensor_scale": True} if self.tensor_scale else {}
         return {
             "grid": grid_to_json(self.grid),
             "block": list(self.block),
@@ -71,13 +79,14 @@ class Spec:
             "scale": grid_to_json(self.scale),
             "zero": self.zero,
             "range": self.range,
+            **rare,
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Spec":
         """Inverse of `to_json`; an unknown field is a `ConfigError`."""
-        known = {"grid", "block", "index", "entries", "scale", "zero", "range"}
-        if not isinstance(data, dict) or set(data) != known:
+        known, rare = {"grid", "block", "index", "entries", "scale", "zero", "range"}, {"tensor_scale"}
+        if not isinstance(data, dict) or set(data) - rare != known:
             raise ConfigError(f"a spec has exactly the fields {sorted(known)}, got {data!r}")
         fields = {**data, "grid": grid_from_json(data["grid"]), "scale": grid_from_json(data["scale"])}
         return cls(**fields)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_quant.grids import IntGrid
+from hf_quant.grids import IntGrid, MiniFloatGrid
 from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest
 from hf_quant.spec import Spec
 
@@ -14,10 +14,12 @@ def refuses(spec: Spec | None) -> str | None:
     """None when inputs can be quantized so at run time, else the reason why not."""
     if spec is None:
         return None
-    if not isinstance(spec.grid, IntGrid):
-        return f"inputs need an integer grid, not {type(spec.grid).__name__}"
-    if spec.zero == "float":
-        return "inputs take an integer zero point or none"
+    if not isinstance(spec.grid, IntGrid | MiniFloatGrid):
+        return f"inputs need integers or small floats, not a {type(spec.grid).__name__}"
+    if spec.zero == "float" or (spec.zero == "int" and not isinstance(spec.grid, IntGrid)):
+        return "inputs take an integer zero point (on integers) or none"
+    if spec.tensor_scale:
+        return "inputs take no scale for the whole tensor besides their own"
     if spec.index not in ("none", "token"):
         return f"inputs indexed by {spec.index} need a table of scales"
     if spec.range == "static" and spec.block != (-1, -1):

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_quant.codebooks import fit_codebooks
 from hf_quant.errors import UnsupportedSpec
 from hf_quant.formats import Layer, PackedFormat, format_named
-from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest
+from hf_quant.grids import CodebookGrid
+from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest, with_outer, without_outer
 from hf_quant.runtime.weight_view import WeightView
 from hf_quant.spec import Spec
 
@@ -89,7 +91,7 @@ class Packed(nn.Module, ABC):
         Branches and pre-scales stay as they are; the codes take up the difference.
 
         Raises:
-            UnsupportedSpec: the grid has no min-max fit (vector codes, codebooks of their own).
+            UnsupportedSpec: it has another shape.
         """
         if tuple(W_NK.shape) != self.matrix_shape:
             raise UnsupportedSpec(
@@ -126,7 +128,8 @@ class Packed(nn.Module, ABC):
     def _settle(self) -> None:
         """Floating tensors into the compute dtype where that changes no value (see the class)."""
         for parameter in self.packed_parameters():
-            if parameter.is_floating_point() and not hasattr(parameter, "to_local"):
+            wide = parameter.is_floating_point() and parameter.element_size() > 1  # 8-bit floats are codes: they stay
+            if wide and not hasattr(parameter, "to_local"):
                 parameter.data = _where_exact(parameter.data, self.compute_dtype)
 
     def local_layer(self) -> Layer:
@@ -203,12 +206,13 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def refit(W_NK: Tensor, spec: Spec) -> QTensor:
-    """Nearest codes with min-max ranges."""
-    if spec.grid.vector != 1:
-        raise UnsupportedSpec("a weight of vector codes cannot be written to; dequantize the model first")
+    """Nearest codes with min-max ranges; a codebook is fitted by k-means."""
+    W_NK, spec, outer = without_outer(W_NK, spec)
+    if isinstance(spec.grid, CodebookGrid):
+        return with_outer(fit_codebooks(W_NK, spec), outer)
     blocks = as_blocks(W_NK, spec)
     scale, zero = from_extremes(blocks.amin(-1), blocks.amax(-1), spec)
-    return nearest(W_NK, scale, zero, spec)
+    return with_outer(nearest(W_NK, scale, zero, spec), outer)
 
 
 def _where_exact(tensor: Tensor, dtype: torch.dtype) -> Tensor:

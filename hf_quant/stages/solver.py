@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hf_quant.grids import CodebookGrid
 from hf_quant.qtensor import QTensor, nearest, row_slices
 from hf_quant.spec import Spec
 from hf_quant.stages.objective import Quadratic
@@ -27,8 +28,8 @@ class Nearest:
     """Round to nearest: the baseline of everything, and the solver when data says nothing."""
 
     def refuses(self, spec: Spec) -> str | None:
-        """Takes every scalar grid."""
-        return None if spec.grid.vector == 1 else "rounding to nearest takes scalar grids only"
+        """Takes every grid whose values are known beforehand."""
+        return "codebooks are fitted to the weights, not rounded to" if isinstance(spec.grid, CodebookGrid) else None
 
     def solve(self, W_NK: Tensor, spec: Spec, fit: Range, quadratic: Quadratic | None) -> QTensor:
         """Fit the ranges (weighed by diag H when known), then round."""

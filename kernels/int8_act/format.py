@@ -33,10 +33,12 @@ class Int8Act(PackedFormat):
             return f"weights need one scale for each row, not blocks of {spec.block}"
         if not isinstance(spec.scale, FloatGrid):
             return f"scales need a float type, not {type(spec.scale).__name__}"
-        if spec.index != "none" or spec.range != "static":
+        if spec.index != "none" or spec.range != "static" or spec.tensor_scale:
             return "weights have stored scales that depend on nothing but the row"
         if inputs is None:
             return "inputs are not quantized"
+        if not isinstance(inputs.grid, IntGrid):
+            return f"inputs need an integer grid, not {type(inputs.grid).__name__}"
         if inputs.block[1] != -1 and inputs.block[1] < layer.shape[1]:
             return f"inputs need one scale for each token, not groups of {inputs.block[1]}"
         return refuses(inputs)

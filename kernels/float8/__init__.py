@@ -1,0 +1,1 @@
+"""8-bit floats: weights and inputs in the types that tensor cores multiply."""
