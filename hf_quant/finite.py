@@ -1,7 +1,7 @@
 """Weights that are numbers: a NaN anywhere in a model would spread into every figure and calibration statistic."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_quant.errors import UnsupportedModel
 
@@ -16,7 +16,11 @@ def require_finite(model: nn.Module) -> None:
         UnsupportedModel: naming the first that holds NaN or infinite values.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.is_meta:
-            continue
-        if not all(bool(torch.isfinite(part).all()) for part in parameter.detach().reshape(-1).split(CHUNK)):
+        if parameter.is_floating_point() and not parameter.is_meta and not all_finite(parameter):
             raise UnsupportedModel(f"{name} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor of any type holds numbers only. Torch cannot be asked this of 8-bit floats."""
+    parts = tensor.detach().reshape(-1).split(CHUNK)
+    return all(bool(torch.isfinite(p if p.element_size() > 1 else p.to(torch.bfloat16)).all()) for p in parts)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.errors import CheckpointError, ConfigError, UnsupportedSpec
+from hf_quant.finite import all_finite
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import check_input, fake_quantize, input_layout
 from hf_quant.spec import Spec
@@ -149,14 +150,9 @@ class PackedFormat(ABC):
             same = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype == dtype
             if tuple(tensor.shape) != shape or not same:
                 return f"{name} is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} is expected"
-            if tensor.is_floating_point() and not _finite(tensor):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 return f"{name} holds NaN or infinite values"
         return check_input(layer.inputs, tensors)
-
-
-def _finite(tensor: Tensor) -> bool:
-    wide = tensor if tensor.element_size() > 1 else tensor.to(torch.bfloat16)  # torch cannot ask it of 8-bit floats
-    return bool(torch.isfinite(wide).all())
 
 
 _IDS: set[str] = set()

@@ -21,7 +21,7 @@ def install(model: nn.Module, plan: SitePlan, solved: Solved, dtype: torch.dtype
         plan.site.name,
         solved.q,
         plan.format,
-        inputs=plan.recipe.inputs,
+        inputs=solved.inputs,
         input_range=solved.input_range,
         branches=solved.branches,
         dtype=dtype,

@@ -8,7 +8,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_quant.capture import Recording, collect, record, run_model
 from hf_quant.distributed import my_share, reduce_states, union
 from hf_quant.errors import CalibrationError, UnsupportedModel
+from hf_quant.fisher import fisher_states, of_inputs
 from hf_quant.groups import find_groups
 from hf_quant.install import install
 from hf_quant.memo import Memo
@@ -107,10 +108,13 @@ class _Loop:
     plan: Plan
     batches: list[Batch]
     run_dir: RunDir
+    gradients: dict[str, dict[Stat, State]] = field(default_factory=dict)  # of sites that want them, before any change
 
     def run(self) -> list[Entry]:
         """Every block in order, then the sites outside all blocks."""
         entries: list[Entry] = []
+        wanted = {p.site.name: p.recipe.needs for p in self.plan.sites.values() if p.recipe.needs}
+        self.gradients = reduce_states(fisher_states(self.model, self.batches, wanted))
         with torch.no_grad():
             for site in [p for p in self.plan.sites.values() if p.site.kind == "embedding"]:
                 entries += self._finish_data_free(site.site.name, [site])
@@ -214,7 +218,7 @@ class _Loop:
     ) -> list[Entry]:
         wanted: dict[str, tuple[Stat, ...]] = {}
         for group in wave:
-            needs = dict.fromkeys(s for site in group.sites for s in self.plan.sites[site.name].recipe.needs)
+            needs = dict.fromkeys(s for site in group.sites for s in of_inputs(self.plan.sites[site.name].recipe.needs))
             if needs:
                 wanted[_inside(group.sites[0].name, name)] = tuple(needs)
         states = reduce_states(collect(block, run, self.batches, wanted, fp)) if wanted else {}
@@ -222,7 +226,7 @@ class _Loop:
         for group in wave:
             stats = states.get(_inside(group.sites[0].name, name))
             plans = [self.plan.sites[site.name] for site in group.sites]
-            for plan, split in zip(plans, self._split(plans, stats), strict=True):
+            for plan, split in zip(plans, self._split(plans, self._with_gradients(plans, stats)), strict=True):
                 entries.append(self._site(plan, stats, split))
         return entries
 
@@ -265,7 +269,7 @@ class _Loop:
             )
 
     def _site(self, plan: SitePlan, stats: dict[Stat, State] | None, split: Split | None = None) -> Entry:
-        site = plan.site
+        site, stats = plan.site, self._with_gradients([plan], stats)
         missed = stats is None and bool(plan.recipe.needs)
         if missed and not self._excused(plan):
             raise CalibrationError(_unreached([site.name]))
@@ -275,6 +279,16 @@ class _Loop:
         return (
             replace(solved.entry, reason="never reached by calibration: nearest rounding") if missed else solved.entry
         )
+
+    def _with_gradients(self, plans: Sequence[SitePlan], stats: dict[Stat, State] | None) -> dict[Stat, State] | None:
+        """The statistics of some sites' common input, and of their weights, one above the other."""
+        if stats is None and any(of_inputs(p.recipe.needs) for p in plans):
+            return None  # never reached
+        found = [self.gradients.get(p.site.name, {}) for p in plans]
+        shared = [s for s in found[0] if all(s in of for of in found)]
+        if not shared:
+            return stats
+        return {**(stats or {}), **{s: {"square": torch.cat([of[s]["square"] for of in found])} for s in shared}}
 
     # ---- without data -------------------------------------------------------------------------------------------
 
@@ -295,7 +309,7 @@ class _Loop:
         plans = [p for p in self.plan.in_block("") if p.site.kind != "embedding"]
         if not plans:
             return []
-        wanted = {p.site.name: p.recipe.needs for p in plans if p.recipe.needs}
+        wanted = {p.site.name: of_inputs(p.recipe.needs) for p in plans if of_inputs(p.recipe.needs)}
         states: dict[str, dict[Stat, State]] = {}
         if wanted:
             run = lambda m, i: run_model(m, self.batches[i], self._home())  # noqa: E731

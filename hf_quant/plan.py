@@ -151,7 +151,7 @@ def _tied_otherwise(model: nn.Module) -> dict[str, str]:
 
 def _site_plan(site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
     if site.kind == "embedding":  # a lookup has no activations to calibrate on
-        plain = {"objective": None, "solver": Nearest(), "splitter": None, "repairs": (), "inputs": None}
+        plain = {"objective": None, "solver": Nearest(), "splitter": None, "grids": None, "repairs": (), "inputs": None}
         recipe = replace(recipe, **plain)  # type: ignore[arg-type]
     layer = Layer(site.shape, recipe.weights, recipe.inputs)
     refusal = recipe.solver.refuses(recipe.weights)

@@ -12,6 +12,7 @@ from torch import nn
 from hf_quant.errors import NotSupported
 from hf_quant.spec import Spec
 from hf_quant.stages.allocator import Allocator
+from hf_quant.stages.grid import GridChoice
 from hf_quant.stages.objective import Objective
 from hf_quant.stages.range import AbsMaxRange, Extremes, InputRange, Range
 from hf_quant.stages.repair import Repair
@@ -84,6 +85,7 @@ class Recipe(HfQuantizer):
     sampler: Sampler = TextSampler()
     transforms: tuple[Transform, ...] = ()
     splitter: Splitter | None = None
+    grids: GridChoice | None = None
     range: Range = AbsMaxRange()
     input_range: InputRange = Extremes()
     objective: Objective | None = None
@@ -103,9 +105,10 @@ class Recipe(HfQuantizer):
 
     @property
     def needs(self) -> tuple[Stat, ...]:
-        """Statistics read after the rewrites: the union over solver, splitter, repairs and static input ranges."""
+        """Statistics read after the rewrites: of solver, splitter, grids, repairs and static input ranges."""
         wanted: list[Stat] = list(self.objective.needs) if self.objective else []
         wanted += self.splitter.needs if self.splitter else ()
+        wanted += self.grids.needs if self.grids else ()
         wanted += [s for r in self.repairs for s in r.needs]
         if self.inputs is not None and self.inputs.range == "static":
             wanted += self.input_range.needs(self.inputs)

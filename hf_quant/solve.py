@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_quant.errors import UnsupportedModel
+from hf_quant.errors import UnsupportedModel, UnsupportedSpec
+from hf_quant.formats import Layer
 from hf_quant.plan import SitePlan
 from hf_quant.qtensor import QTensor, row_slices, with_outer, without_outer
 from hf_quant.report import Entry
 from hf_quant.runtime.branches import Branch
+from hf_quant.spec import Spec
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stats import Stats
 
@@ -20,10 +22,11 @@ Split = tuple[Tensor, tuple[Branch, ...]]  # what is left to round, and the bran
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solved:
-    """What solving a site gives: the codes, the branches beside them, the static range of its input, the report."""
+    """What solving a site gives: codes, branches beside them, the spec and range of its input, the report."""
 
     q: QTensor
     branches: tuple[Branch, ...]
+    inputs: Spec | None
     input_range: FittedRange | None
     entry: Entry
 
@@ -40,9 +43,10 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
 
     Raises:
         UnsupportedModel: the weight holds NaN or infinite values.
+        UnsupportedSpec: the recipe's choice of grids is not what the planned format holds.
     """
     started = time.perf_counter()
-    recipe, spec = plan.recipe, plan.recipe.weights
+    recipe, spec, inputs = plan.recipe, plan.recipe.weights, plan.recipe.inputs
     if not all(bool(torch.isfinite(W_NK[rows]).all()) for rows in row_slices(W_NK.shape)):
         raise UnsupportedModel(
             f"the weight of {plan.site.name} holds NaN or infinite values; the checkpoint is damaged"
@@ -53,14 +57,19 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
         quadratic = recipe.objective.quadratic(stats) if stats else Quadratic(unit)
     # without statistics nothing needs a whole float32 copy, and quantizing on load must not take the room for one
     rest, branches = split if split is not None else (W_NK if quadratic is None else W_NK.float(), ())
+    if recipe.grids is not None and stats:
+        spec, inputs = recipe.grids.choose(rest.float(), stats, spec, inputs)
+        if reason := plan.format.holds(Layer(plan.site.shape, spec, inputs)):
+            raise UnsupportedSpec(f"{plan.site.name}: {type(recipe.grids).__name__} chose what is not stored: {reason}")
     inner, inner_spec, outer = without_outer(rest, spec)
     q = with_outer(recipe.solver.solve(inner, inner_spec, recipe.range, quadratic), outer)
     for repair in recipe.repairs:
         branches += repair.repair(rest.float(), q, stats or {})
     input_range = None
-    if recipe.inputs is not None and recipe.inputs.range == "static" and stats:
-        input_range = recipe.input_range.fit_inputs(stats, recipe.inputs)
-    error = relative_error(W_NK, q, branches, quadratic if stats else None)
+    if inputs is not None and inputs.range == "static" and stats:
+        input_range = recipe.input_range.fit_inputs(stats, inputs)
+    of_output = stats and quadratic is not None and quadratic.F_NK is None
+    error = relative_error(W_NK, q, branches, quadratic if of_output else None)
     bits = plan.bits + sum(t.numel() * t.element_size() * 8 for b in branches for t in (b.down_RK, b.up_NR))
     entry = Entry(
         name=plan.site.name + ".weight",
@@ -69,12 +78,12 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
         format=plan.format.id,
         bits=bits,
         error=error,
-        error_of="output" if quadratic is not None and stats else "weight",
+        error_of="output" if of_output else "weight",
         seconds=round(time.perf_counter() - started, 4),
         spec=q.spec.to_json(),
-        inputs=recipe.inputs.to_json() if recipe.inputs is not None else None,
+        inputs=inputs.to_json() if inputs is not None else None,
     )
-    return Solved(q, branches, input_range, entry)
+    return Solved(q, branches, inputs, input_range, entry)
 
 
 def relative_error(W_NK: Tensor, q: QTensor, branches: tuple[Branch, ...], quadratic: Quadratic | None) -> float:

@@ -1,12 +1,14 @@
 """Objective: what error counts? Everything here becomes one quadratic form that any solver can take."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hf_quant.stages.sampler import Batch, model_inputs_of
-from hf_quant.stats import CrossGram, Gram, Stat, Stats, hessian
+from hf_quant.stats import CrossGram, Gram, Reduction, Seen, Stat, State, Stats, hessian
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -14,10 +16,13 @@ class Quadratic:
     """`tr(E H E^T) + 2 tr(W D E^T)` with `E = W - Q`: the output error of a layer, less what no code can change.
 
     `H_KK = (2/N) X X^T`; `D_KK = (2/N) (X~ - X) X^T` when the target is the full-precision output W X~, else None.
+    `F_NK`: when each weight has an importance of its own, `sum F E^2` is the error and H the nearest diagonal form of
+    it; else None.
     """
 
     H_KK: Tensor
     D_KK: Tensor | None = None
+    F_NK: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -70,3 +75,41 @@ class ModelLoss:
         inputs = model_inputs_of(batch)
         loss: Tensor = model(**{"labels": inputs.get("input_ids"), **inputs}).loss
         return loss
+
+
+@dataclass(frozen=True, slots=True)
+class Fisher:
+    """`square = sum over samples (d loss / d W)^2` in the float model, before anything is quantized: float64 `[N, K]`.
+
+    A statistic of a weight, not of its input: the loop takes it from gradients (`hf_quant.fisher`). In what a splitter
+    is given, it is that of all weights of the group, one above the other.
+    """
+
+    loss: Loss = ModelLoss()
+    reduce: ClassVar[Mapping[str, Reduction]] = {"square": "sum"}
+    two_streams: ClassVar[bool] = False
+    tags: ClassVar[tuple[str, ...]] = ()
+
+    def start(self, K: int, device: torch.device) -> State:
+        """Nothing: inputs say nothing of it."""
+        return {}
+
+    def update(self, state: State, seen: Seen) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class FisherMse:
+    """`sum F E^2`: what the loss gains, to second order, by independent errors of the weights."""
+
+    fisher: Fisher = Fisher()
+
+    @property
+    def needs(self) -> tuple[Stat, ...]:
+        """Squared gradients."""
+        return (self.fisher,)
+
+    def quadratic(self, stats: Stats) -> Quadratic:
+        """F, and its mean over the rows as the diagonal of H."""
+        square = stats[self.fisher]["square"]
+        return Quadratic(square.mean(0).float().diag(), F_NK=square.float())

@@ -1,0 +1,28 @@
+"""4-bit NormalFloat in groups of any size (QLoRA, arXiv:2305.14314).
+
+    w = level[code] * scale,  scale = max |w_group|;  levels: quantiles of the normal distribution over their largest
+
+Shapes: W_NK weight; scale `[N, K / group_size]`.
+Differs from the paper: scales are kept in bfloat16 (the paper's double quantization stores them in 8 bits: `bnb-nf4`,
+whose bytes are bitsandbytes' own), which lets a group be of any size and the last one of a row be ragged.
+"""
+
+from hf_quant.errors import ConfigError
+from hf_quant.grids import FloatGrid, LevelGrid
+from hf_quant.kernels.bnb_4bit.format import NF4
+from hf_quant.method import Paper, method
+from hf_quant.recipe import Recipe
+from hf_quant.spec import Spec
+
+
+@method(
+    "nf4",
+    paper=Paper("2305.14314", "QLoRA: Efficient Finetuning of Quantized LLMs"),
+    domains={"llm", "vit", "vlm", "moe", "mamba", "diffusion"},
+    claim="KL below that of symmetric 4-bit integers in the same groups",
+)
+def nf4(group_size: int = 64) -> Recipe:
+    """The nearest level, in units of each group's largest magnitude."""
+    if type(group_size) is not int or (group_size != -1 and group_size < 1):
+        raise ConfigError(f"group_size={group_size!r}: a positive integer, or -1 for one scale per output channel")
+    return Recipe(weights=Spec(grid=LevelGrid(NF4), block=(1, group_size), scale=FloatGrid("bfloat16")))
