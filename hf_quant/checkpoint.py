@@ -191,6 +191,8 @@ def validate(model: nn.Module) -> None:
         for key, tensor in extra.items():
             if not bool(torch.isfinite(tensor).all()):
                 reason = reason or f"{key} holds NaN or infinite values"
+        if isinstance(module, QuantLinear):
+            reason = reason or module.check_branches()
         if reason is not None:
             raise CheckpointError(f"{name}: {reason}; the checkpoint is damaged, get it again")
 

@@ -1,6 +1,7 @@
 """QuantLinear: a linear layer that runs from packed weights. One class; what a method adds are fields of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,25 +12,30 @@ from hf_quant.errors import ConfigError
 from hf_quant.formats import Layer, PackedFormat, choose_kernel, format_named
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import pack_input
-from hf_quant.runtime.branches import Branch
+from hf_quant.runtime.branches import Branch, Sparse, check_sparse, column_type, merged, sparse_linear
 from hf_quant.runtime.layouts import expect
 from hf_quant.runtime.packed import Packed, frozen, local
 from hf_quant.sites import Kind
 from hf_quant.spec import Spec
 
+SPARSE = ("sparse_starts", "sparse_columns", "sparse_values")
+
 
 class QuantLinear(Packed, nn.Linear):
-    """`y = q(s x) Q^T + ((s x) down^T) up^T + b`, with Q packed `[N, K]`.
+    """`y = q(s x) Q^T + ((s x) down^T) up^T + (s x) S^T + b`, with Q packed `[N, K]`.
 
-    `s` (`pre_scale` `[K]`), the low-rank branch (`lr_down` `[R, K]`, `lr_up` `[N, R]`) and `b` are there only when
-    needed. A static input range lies beside the codes as `input_scale` (and `input_zero_point`). The logical weight
-    `.weight` is `(Q + up down) diag(s)`.
+    `s` (`pre_scale` `[K]`), the low-rank branch (`lr_down` `[R, K]`, `lr_up` `[N, R]`), the sparse one
+    (`sparse_*`, the tensors of `branches.Sparse`) and `b` are there only when needed. A static input range lies beside
+    the codes as `input_scale` (and `input_zero_point`). The logical weight `.weight` is `(Q + up down + S) diag(s)`.
     """
 
     kind: Kind
     pre_scale: nn.Parameter | None
     lr_down: nn.Parameter | None
     lr_up: nn.Parameter | None
+    sparse_starts: nn.Parameter | None
+    sparse_columns: nn.Parameter | None
+    sparse_values: nn.Parameter | None
 
     def __init__(
         self,
@@ -43,11 +49,14 @@ class QuantLinear(Packed, nn.Linear):
         pre_scale: Tensor | None = None,
         lr_down: Tensor | None = None,
         lr_up: Tensor | None = None,
+        sparse: Sparse | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.out_features, self.in_features = layer.shape
         self.kind = kind
         self._hold(fmt, layer, tensors, dtype)
+        for name, part in zip(SPARSE, (None,) * 3 if sparse is None else sparse.tensors, strict=True):
+            self.register_parameter(name, None if part is None else frozen(part))
         for name, tensor in (("pre_scale", pre_scale), ("lr_down", lr_down), ("lr_up", lr_up), ("bias", bias)):
             self.register_parameter(name, None if tensor is None else frozen(tensor))
 
@@ -75,15 +84,27 @@ class QuantLinear(Packed, nn.Linear):
             inputs: how activations are quantized, or None.
             input_range: (scale, zero) of a static `inputs`, as `qtensor.from_extremes` gives them.
             pre_scale: `[K]`, multiplied into the input at run time (a smoothing that could not be folded away).
-            branches: low-rank terms; several become one of the summed rank.
+            branches: low-rank and sparse terms; several of a kind become one.
             dtype: compute dtype.
         """
         layer = Layer(q.shape, q.spec, inputs)
         tensors = fmt.pack(q) | (pack_input(*input_range) if input_range is not None else {})
-        down = torch.cat([b.down_RK for b in branches]).to(dtype) if branches else None
-        up = torch.cat([b.up_NR for b in branches], 1).to(dtype) if branches else None
+        low, sparse = merged(branches)
+        down, up = (None, None) if low is None else (low.down_RK.to(dtype), low.up_NR.to(dtype))
+        sparse = None if sparse is None else replace(sparse, values=sparse.values.to(dtype))
         scale = None if pre_scale is None else pre_scale.to(dtype)
-        module = cls(fmt, layer, tensors, dtype=dtype, kind=kind, bias=bias, pre_scale=scale, lr_down=down, lr_up=up)
+        module = cls(
+            fmt,
+            layer,
+            tensors,
+            dtype=dtype,
+            kind=kind,
+            bias=bias,
+            pre_scale=scale,
+            lr_down=down,
+            lr_up=up,
+            sparse=sparse,
+        )
         module.prepare()
         return module
 
@@ -96,6 +117,7 @@ class QuantLinear(Packed, nn.Linear):
             "inputs": None if inputs is None else inputs.to_json(),
             "rank": 0 if self.lr_down is None else self.lr_down.shape[0],
             "pre_scale": self.pre_scale is not None,
+            **({} if self.sparse_columns is None else {"sparse": len(self.sparse_columns)}),
         }
 
     @classmethod
@@ -111,12 +133,16 @@ class QuantLinear(Packed, nn.Linear):
         fmt = format_named(data["format"])
         inputs = None if data["inputs"] is None else Spec.from_json(data["inputs"])
         layer = Layer(shape, Spec.from_json(data["weights"]), inputs)
-        (n, k), rank = shape, data["rank"]
+        (n, k), rank, entries = shape, data["rank"], data.get("sparse", 0)
         if not isinstance(rank, int) or not 0 <= rank <= max(n, k):
             raise ConfigError(f"rank={rank!r}: a low-rank branch of a [{n}, {k}] matrix has 0 to {max(n, k)} terms")
+        if not isinstance(entries, int) or not 0 <= entries <= n * k:
+            raise ConfigError(f"sparse={entries!r}: a sparse branch of a [{n}, {k}] matrix has 0 to {n * k} entries")
 
-        def empty(*size: int) -> Tensor:
+        def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
+
+        indices = empty(n + 1, dtype=torch.int32), empty(entries, dtype=column_type(k))
 
         return cls(
             fmt,
@@ -128,7 +154,13 @@ class QuantLinear(Packed, nn.Linear):
             pre_scale=empty(k) if data["pre_scale"] else None,
             lr_down=empty(rank, k) if rank else None,
             lr_up=empty(n, rank) if rank else None,
+            sparse=Sparse(*indices, empty(entries), k) if entries else None,
         )
+
+    def check_branches(self) -> str | None:
+        """None when the indices of a loaded sparse branch stay inside the matrix, else what is wrong."""
+        sparse = self.sparse
+        return None if sparse is None else check_sparse(sparse.starts, sparse.columns, self.in_features)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -152,13 +184,22 @@ class QuantLinear(Packed, nn.Linear):
             chosen = next(k for k in self.format.kernels if k.name == self.kernel)
             self._blob = chosen.prepare(tensors, layer, self.compute_dtype)
 
+    @property
+    def sparse(self) -> Sparse | None:
+        """The sparse term, if there is one."""
+        if self.sparse_starts is None or self.sparse_columns is None or self.sparse_values is None:
+            return None
+        return Sparse(self.sparse_starts, self.sparse_columns, self.sparse_values, self.in_features)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The logical weight `(Q + up down) diag(s)`, computed in float32."""
-        if self.lr_up is None and self.pre_scale is None:
+        """The logical weight `(Q + up down + S) diag(s)`, computed in float32."""
+        if self.lr_up is None and self.sparse is None and self.pre_scale is None:
             return super().dequantize(dtype)
         W_NK = super().dequantize(torch.float32)
         if self.lr_up is not None and self.lr_down is not None:
             W_NK = W_NK + self.lr_up.float() @ self.lr_down.float()
+        if self.sparse is not None:
+            W_NK = W_NK + self.sparse.matrix()
         if self.pre_scale is not None:
             W_NK = W_NK * self.pre_scale.float()
         return W_NK.to(dtype or self.compute_dtype)
@@ -168,6 +209,8 @@ class QuantLinear(Packed, nn.Linear):
             W_NK = W_NK.float() / self.pre_scale.float()
         if self.lr_up is not None and self.lr_down is not None:
             W_NK = W_NK.float() - self.lr_up.float() @ self.lr_down.float()
+        if self.sparse is not None:
+            W_NK = W_NK.float() - self.sparse.matrix()
         return W_NK
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,12 +234,15 @@ class QuantLinear(Packed, nn.Linear):
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         if self.lr_down is not None and self.lr_up is not None:
             y = y + F.linear(F.linear(x, self.lr_down.to(x.dtype)), self.lr_up.to(x.dtype))
+        if (sparse := self.sparse) is not None:
+            y = y + sparse_linear(x.reshape(-1, x.shape[-1]), *sparse.tensors).reshape(y.shape)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
         rank = "" if self.lr_down is None else f", rank={self.lr_down.shape[0]}"
+        sparse = "" if self.sparse_columns is None else f", sparse={len(self.sparse_columns)}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format.id}, kernel={self.kernel}{rank}"
+            f"format={self.format.id}, kernel={self.kernel}{rank}{sparse}"
         )

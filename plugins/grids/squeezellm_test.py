@@ -7,12 +7,14 @@ from torch import Tensor, nn
 import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.codebooks import fit_codebooks
+from hf_quant.errors import ConfigError
 from hf_quant.fisher import squared_gradients
 from hf_quant.grids import CodebookGrid, FloatGrid
 from hf_quant.ledger import true_bits
+from hf_quant.plugins.grids.squeezellm import Outliers, squeezellm
 from hf_quant.qtensor import as_blocks
 from hf_quant.spec import Spec
-from hf_quant.stages.objective import ModelLoss
+from hf_quant.stages.objective import Fisher, ModelLoss, Quadratic
 from hf_quant.stages.sampler import Batch
 
 
@@ -56,6 +58,40 @@ def test_the_weighted_error_is_below_every_uniform_grids(judge, claims) -> None:
 
 
 @pytest.mark.slow
+def test_dense_and_sparse_reconstruct(judge, claims) -> None:  # type: ignore[no-untyped-def]
+    """Stored apart a weight is exact, whatever its code; the number of them follows from the shape."""
+    name = "model.layers.2.self_attn.q_proj"
+    model, (F,) = fisher(judge, [name], 2)
+    W, F = model.get_submodule(name).weight.detach(), F.float()
+    recipe = squeezellm(bits=3, sparse=0.004, sparse_sensitive=0.0005)
+    (apart,) = recipe.repairs
+    assert isinstance(apart, Outliers)
+    mask = apart.mask(W, F)
+    assert int(mask.sum()) == round(0.004 * W.numel()) + round(0.0005 * W.numel())
+    assert bool(mask.flatten()[F.flatten().argmax()])
+    q = recipe.solver.solve(W, recipe.weights, recipe.range, Quadratic(F.mean(0).diag(), F_NK=F))
+    (branch,) = apart.repair(W, q, {Fisher(): {"square": F.double()}})
+    E = W - q.dequantize() - branch.matrix()
+    away = float(E[mask].abs().max())
+    figures = {"largest error apart": away, "largest error else": float(E.abs().max())}
+    claims.invariant("squeezellm", "dense and sparse sum up to the weights apart", away < 1e-6, figures)
+    assert E[~mask].equal((W - q.dequantize())[~mask])
+
+
+@pytest.mark.slow
+def test_the_sparse_part_helps_more_than_it_costs(judge, claims) -> None:  # type: ignore[no-untyped-def]
+    sparse = {"sparse": 0.004, "sparse_sensitive": 0.0005}
+    ours = [judge.kl("squeezellm", bits=3, seed=seed, **sparse) for seed in range(2)]
+    theirs = [judge.kl("squeezellm", bits=3, seed=seed) for seed in range(2)]
+    claims.order("squeezellm", "3 bits: KL with 0.45 % apart below that without", ours=ours, theirs=theirs)
+
+
+def test_shares_that_are_none() -> None:
+    for given in ({"sparse": -0.1}, {"sparse": 1.0}, {"sensitive": False, "sparse_sensitive": 0.001}):
+        with pytest.raises(ConfigError):
+            squeezellm(**given)  # type: ignore[arg-type]
+
+
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """3 bits. At K = 256 a codebook costs half a bit a weight, so at equal true bits rtn may have groups of 32: small
     models are where per-row codebooks pay least, and there the paper's claim at equal memory does not hold.
