@@ -70,7 +70,8 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
         input_range = recipe.input_range.fit_inputs(stats, inputs)
     of_output = stats and quadratic is not None and quadratic.F_NK is None
     error = relative_error(W_NK, q, branches, quadratic if of_output else None)
-    bits = plan.bits + sum(t.numel() * t.element_size() * 8 for b in branches for t in b.tensors)
+    kept = [t.to(W_NK.dtype) if t.is_floating_point() else t for b in branches for t in b.tensors]  # as installed
+    bits = plan.bits + sum(8 * t.numel() * t.element_size() for t in kept)
     entry = Entry(
         name=plan.site.name + ".weight",
         shape=plan.site.shape,

@@ -57,7 +57,6 @@ def test_the_weighted_error_is_below_every_uniform_grids(judge, claims) -> None:
     claims.invariant("squeezellm", "weighted error below a uniform grid's in every row", worst <= 1, {"worst": worst})
 
 
-@pytest.mark.slow
 def test_dense_and_sparse_reconstruct(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """Stored apart a weight is exact, whatever its code; the number of them follows from the shape."""
     name = "model.layers.2.self_attn.q_proj"
@@ -92,6 +91,7 @@ def test_shares_that_are_none() -> None:
             squeezellm(**given)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """3 bits. At K = 256 a codebook costs half a bit a weight, so at equal true bits rtn may have groups of 32: small
     models are where per-row codebooks pay least, and there the paper's claim at equal memory does not hold.
