@@ -34,8 +34,9 @@ def short_spec(spec: Mapping[str, Any] | None) -> str:
     zero = {"none": "symmetric", "int": "asymmetric", "float": "asymmetric (float zero point)"}[spec["zero"]]
     index = "" if spec["index"] in ("none", "token") else f", per {spec['index']}"
     when = ", computed at run time" if spec["range"] == "dynamic" else ""
+    turned = f", rotated in blocks of {spec['rotation']['size']}" if spec.get("rotation") else ""
     tensor = " and one float32 scale in all" if spec.get("tensor_scale") else ""
-    return f"{_grid(spec['grid'])}, {zero}, {sharing}{index}, {_grid(spec['scale'])} scales{tensor}{when}"
+    return f"{_grid(spec['grid'])}, {zero}, {sharing}{index}, {_grid(spec['scale'])} scales{tensor}{when}{turned}"
 
 
 def _grid(grid: Mapping[str, Any]) -> str:
@@ -48,6 +49,8 @@ def _grid(grid: Mapping[str, Any]) -> str:
             return f"{len(grid['levels'])} levels"
         case "MiniFloatGrid":
             return f"E{grid['exponent']}M{grid['mantissa']} floats"
+        case "GaussianGrid":
+            return f"{grid['size']} Gaussian points for {grid['vector']} values"
         case "CodebookGrid":
             return f"{grid['bits']}-bit codebooks"
         case other:

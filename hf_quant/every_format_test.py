@@ -12,10 +12,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_quant.formats import Kernel, Layer, PackedFormat, choose_kernel, format_for, format_named, formats
-from hf_quant.grids import E4M3, E5M2, CodebookGrid, FloatGrid, IntGrid, LevelGrid, MiniFloatGrid, TableGrid
+from hf_quant.grids import (
+    E4M3,
+    E5M2,
+    CodebookGrid,
+    FloatGrid,
+    GaussianGrid,
+    IntGrid,
+    LevelGrid,
+    MiniFloatGrid,
+    TableGrid,
+)
 from hf_quant.kernels.bnb_4bit.format import FP4, NF4
 from hf_quant.ledger import site_bits
 from hf_quant.qtensor import QTensor, from_extremes
+from hf_quant.rotation import Rotation
 from hf_quant.runtime.activation import pack_input
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import refit
@@ -44,6 +55,12 @@ WEIGHTS = (
     *(Spec(grid=E2M1, block=(1, 16), scale=FloatGrid("float8_e4m3fn"), tensor_scale=t) for t in (False, True)),
     *(Spec(grid=E4M3, block=b, scale=FloatGrid("float32")) for b in ((1, -1), (-1, -1), (128, 128), (16, 32))),
     *(Spec(grid=E5M2, block=b) for b in ((1, -1), (-1, -1), (1, 64))),
+    *(
+        Spec(grid=GaussianGrid(n, p), block=(1, b), scale=FloatGrid("float16"), rotation=r)
+        for n, p in ((16, 1), (16, 2), (256, 2), (256, 4))
+        for b, r in ((-1, None), (32, Rotation(32)), (64, Rotation(1024, 5)))
+    ),
+    Spec(grid=E2M1, block=(1, 16), scale=FloatGrid("float8_e4m3fn"), tensor_scale=True, rotation=Rotation(16)),
     *(
         Spec(grid=CodebookGrid(b), block=block, scale=FloatGrid(s))
         for b, block, s in (
@@ -143,7 +160,10 @@ def slow_weight(q: QTensor) -> Tensor:
     else:
         values = q.spec.grid.decode(q.codes).double()
     values = values if q.zero is None else values - q.zero.double()[n, k]
-    return values * q.scale.double()[n, k] * (1.0 if q.tensor_scale is None else q.tensor_scale.double())
+    values = values * q.scale.double()[n, k] * (1.0 if q.tensor_scale is None else q.tensor_scale.double())
+    if q.spec.rotation is not None:  # its matrix is orthogonal, so the inverse is the transpose
+        values = values @ q.spec.rotation.apply(torch.eye(q.shape[1])).T.double()
+    return values
 
 
 def close(y: Tensor, expected: Tensor, x_TK: Tensor, q: QTensor) -> None:

@@ -6,12 +6,16 @@ Legend of shape suffixes, used everywhere: `W_NK` weight (N outputs, K inputs), 
 
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from hf_quant.errors import ConfigError, UnsupportedSpec
+
+CHUNK = 1 << 14  # vectors that are compared with all points of a grid at once
 
 
 @runtime_checkable
@@ -235,6 +239,56 @@ E5M2 = MiniFloatGrid(5, 2, 57344.0)
 
 
 @dataclass(frozen=True, slots=True)
+class GaussianGrid:
+    """`size` points of `vector` dimensions with the least mean squared error for a standard Gaussian (Lloyd, HIGGS).
+
+    The points lie in `gaussian_grids.safetensors` beside this file; a code is a point's place there (uint8).
+    """
+
+    size: int
+    vector: int
+
+    def __post_init__(self) -> None:
+        if f"{self.vector}x{self.size}" not in _gaussian_tables():
+            known = ", ".join(sorted(_gaussian_tables()))
+            raise ConfigError(f"there is no grid of {self.size!r} points in {self.vector!r} dimensions; known: {known}")
+
+    @property
+    def bits(self) -> float:
+        """Bits per value."""
+        return self.code_bits / self.vector
+
+    @property
+    def code_bits(self) -> int:
+        """Bits per code."""
+        return (self.size - 1).bit_length()
+
+    def table(self) -> Tensor:
+        """The points, `[size, vector]`."""
+        return _gaussian_tables()[f"{self.vector}x{self.size}"]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Place of the nearest point, `[..., K] -> [..., K / vector]`."""
+        points = self.table().to(x.device)
+        half = points.square().sum(1) / 2
+        vectors = x.float().reshape(-1, self.vector)
+        codes = [(part @ points.T - half).argmax(1).to(torch.uint8) for part in vectors.split(CHUNK)]
+        return torch.cat(codes).reshape(*x.shape[:-1], -1) if codes else x.new_empty(0, dtype=torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes -> float32 values, `[..., K / vector] -> [..., K]`."""
+        return self.table().to(codes.device)[codes.int()].flatten(-2)
+
+
+@cache
+def _gaussian_tables() -> dict[str, Tensor]:
+    """ "vector x size" -> points. Part of saved models: never change them."""
+    with torch.device("cpu"):  # models are built inside torch.device("meta")
+        stored = load((Path(__file__).with_name("gaussian_grids.safetensors")).read_bytes())
+    return {name: points.float() for name, points in stored.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class CodebookGrid:
     """`2^bits` levels for each block of a matrix, stored with it (`QTensor.codebook`); a code is its level's rank.
 
@@ -294,7 +348,7 @@ def _dynamic_values() -> Tensor:
 
 
 GRIDS: dict[str, type[Any]] = {
-    c.__name__: c for c in (IntGrid, FloatGrid, LevelGrid, MiniFloatGrid, CodebookGrid, DynamicGrid)
+    c.__name__: c for c in (IntGrid, FloatGrid, LevelGrid, MiniFloatGrid, GaussianGrid, CodebookGrid, DynamicGrid)
 }
 
 

@@ -34,7 +34,7 @@ class QTensor:
     tensor_scale: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`W_NK = (decode(codes) - zero) * scale [* tensor_scale]`, computed in float32, then cast.
+        """`W_NK = (decode(codes) - zero) * scale [* tensor_scale]`, rotated back, in float32, then cast.
 
         By slices of rows, which gives the same bits without float32 temporaries of the whole matrix.
         """
@@ -49,7 +49,8 @@ class QTensor:
         if self.zero is not None:
             values = values - expand(self.zero, self.spec, self.shape)
         values = values * expand(self.scale, self.spec, self.shape)
-        return values if self.tensor_scale is None else values * self.tensor_scale
+        values = values if self.tensor_scale is None else values * self.tensor_scale
+        return values if self.spec.rotation is None else self.spec.rotation.inverse(values)
 
     def slices(self) -> Iterator[tuple[slice, "QTensor"]]:
         """The matrix by slices of rows (see `row_slices`); all at once where a block is several rows high."""
@@ -119,23 +120,28 @@ def from_blocks(blocks: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
 
 
 def without_outer(W_NK: Tensor, spec: Spec) -> tuple[Tensor, Spec, Tensor | None]:
-    """What a solver sees of a matrix with a tensor scale: (the matrix over that scale, the spec without it, the scale).
+    """What a solver sees of a matrix with a rotation or a tensor scale: (the matrix without, its spec, that scale).
 
     The scale makes the largest value of the tensor the largest product of the two grids.
     """
-    if not spec.tensor_scale:
+    if not spec.outer:
         return W_NK, spec, None
+    W_NK = W_NK.float() if spec.rotation is None else spec.rotation.apply(W_NK)
+    plain = replace(spec, tensor_scale=False, rotation=None)
+    if not spec.tensor_scale:
+        return W_NK, plain, None
+    top = W_NK.abs().amax()
     tops = _edges(spec.grid)[1] * _edges(spec.scale)[1]
-    top = torch.stack([W_NK[rows].abs().amax().float() for rows in row_slices(W_NK.shape)]).amax()
     scale = torch.where(top > 0, top / tops, torch.ones_like(top)).reshape(1)
-    return W_NK.float() / scale, replace(spec, tensor_scale=False), scale
+    return W_NK.div_(scale) if spec.rotation else W_NK / scale, plain, scale
 
 
-def with_outer(q: QTensor, tensor_scale: Tensor | None) -> QTensor:
-    """The quantized matrix whose `without_outer` a solver made `q` of."""
-    if tensor_scale is None:
+def with_outer(q: QTensor, spec: Spec, tensor_scale: Tensor | None) -> QTensor:
+    """The quantized matrix whose `without_outer`, with that spec, a solver made `q` of."""
+    if not spec.outer:
         return q
-    return replace(q, spec=replace(q.spec, tensor_scale=True), tensor_scale=tensor_scale)
+    whole = replace(q.spec, tensor_scale=spec.tensor_scale, rotation=spec.rotation)
+    return replace(q, spec=whole, tensor_scale=tensor_scale)
 
 
 def from_extremes(low: Tensor, high: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
@@ -173,6 +179,9 @@ def _edges(grid: Grid) -> tuple[float, float]:
 
 
 def round_scale(scale: Tensor, spec: Spec) -> Tensor:
-    """Onto the grid that stores it; zero (or underflow) becomes 1."""
+    """Onto the grid that stores it; zero (or underflow) becomes 1, or tiny when the weights' grid has no zero."""
     rounded = spec.scale.decode(spec.scale.encode(scale))
-    return torch.where((rounded > 0) & (scale > 0), rounded, torch.ones_like(rounded))
+    instead = 1.0
+    if isinstance(spec.grid, TableGrid) and isinstance(spec.scale, FloatGrid) and bool(spec.grid.table().any(1).all()):
+        instead = torch.finfo(spec.scale.torch_dtype).smallest_normal
+    return torch.where((rounded > 0) & (scale > 0), rounded, torch.full_like(rounded, instead))

@@ -11,6 +11,7 @@ from hf_quant.formats import Layer
 from hf_quant.plan import SitePlan
 from hf_quant.qtensor import QTensor, row_slices, with_outer, without_outer
 from hf_quant.report import Entry
+from hf_quant.rotation import Rotation
 from hf_quant.runtime.branches import Branch
 from hf_quant.spec import Spec
 from hf_quant.stages.objective import Quadratic
@@ -62,7 +63,8 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
         if reason := plan.format.holds(Layer(plan.site.shape, spec, inputs)):
             raise UnsupportedSpec(f"{plan.site.name}: {type(recipe.grids).__name__} chose what is not stored: {reason}")
     inner, inner_spec, outer = without_outer(rest, spec)
-    q = with_outer(recipe.solver.solve(inner, inner_spec, recipe.range, quadratic), outer)
+    q = recipe.solver.solve(inner, inner_spec, recipe.range, rotated(quadratic, spec.rotation))
+    q = with_outer(q, spec, outer)
     for repair in recipe.repairs:
         branches += repair.repair(rest.float(), q, stats or {})
     input_range = None
@@ -85,6 +87,17 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
         inputs=inputs.to_json() if inputs is not None else None,
     )
     return Solved(q, branches, inputs, input_range, entry)
+
+
+def rotated(quadratic: Quadratic | None, rotation: Rotation | None) -> Quadratic | None:
+    """The same error for the rotated weight `W R`: `R^T H R` and `R^T D R`; weights of their own have no such form."""
+    if quadratic is None or rotation is None:
+        return quadratic
+
+    def both(M_KK: Tensor) -> Tensor:
+        return rotation.apply(rotation.apply(M_KK).T.contiguous()).T.contiguous()
+
+    return Quadratic(both(quadratic.H_KK), None if quadratic.D_KK is None else both(quadratic.D_KK))
 
 
 def relative_error(W_NK: Tensor, q: QTensor, branches: tuple[Branch, ...], quadratic: Quadratic | None) -> float:

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from hf_quant.errors import ConfigError
 from hf_quant.grids import FloatGrid, Grid, IntGrid, grid_from_json, grid_to_json
+from hf_quant.rotation import Rotation
 
 Index = Literal["none", "token", "timestep", "position", "prompt", "cfg_branch", "modality", "expert"]
 Zero = Literal["none", "int", "float"]
@@ -26,6 +27,7 @@ class Spec:
         zero: zero point: none, an integer on the grid, or a float.
         range: static (stored) or dynamic (computed from the tensor at run time).
         tensor_scale: one more float32 scale, for the whole tensor (NVFP4), so that the others fit their grid.
+        rotation: values are those of the rotated rows of a weight (HIGGS): reading it rotates back.
     """
 
     grid: Grid
@@ -36,6 +38,7 @@ class Spec:
     zero: Zero = "none"
     range: When = "static"
     tensor_scale: bool = False
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))  # JSON hands us a list
@@ -53,9 +56,11 @@ class Spec:
         if self.entries > 1 and (self.index in ("none", "token") or self.range == "dynamic"):
             raise ConfigError(f"entries={self.entries}: only a static range indexed by more than the token is a table")
 
-        if self.tensor_scale and (self.range == "dynamic" or self.index != "none" or self.zero == "float"):
+        if (self.tensor_scale or self.rotation) and (
+            self.range == "dynamic" or self.index != "none" or self.zero == "float"
+        ):
             raise ConfigError(
-                "a tensor scale goes with static scales of a weight, without an index or float zero points"
+                "a tensor scale or a rotation goes with static scales of a weight, no index, no float zero points"
             )
 
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -70,7 +75,8 @@ class Spec:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-safe dict; `from_json` is its inverse. What most specs do not have is left out when they have not."""
-        rare = {"tensor_scale": True} if self.tensor_scale else {}
+        rare: dict[str, Any] = {"tensor_scale": True} if self.tensor_scale else {}
+        rare |= {"rotation": self.rotation.to_json()} if self.rotation else {}
         return {
             "grid": grid_to_json(self.grid),
             "block": list(self.block),
@@ -85,11 +91,18 @@ class Spec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Spec":
         """Inverse of `to_json`; an unknown field is a `ConfigError`."""
-        known, rare = {"grid", "block", "index", "entries", "scale", "zero", "range"}, {"tensor_scale"}
+        known, rare = {"grid", "block", "index", "entries", "scale", "zero", "range"}, {"tensor_scale", "rotation"}
         if not isinstance(data, dict) or set(data) - rare != known:
             raise ConfigError(f"a spec has exactly the fields {sorted(known)}, got {data!r}")
         fields = {**data, "grid": grid_from_json(data["grid"]), "scale": grid_from_json(data["scale"])}
+        if "rotation" in data:
+            fields["rotation"] = Rotation.from_json(data["rotation"])
         return cls(**fields)
+
+    @property
+    def outer(self) -> bool:
+        """Whether there is a tensor scale or a rotation, which not every format holds."""
+        return self.tensor_scale or self.rotation is not None
 
 
 def int_spec(bits: int, group_size: int = -1, *, symmetric: bool = False, scale: str = "bfloat16") -> Spec:

@@ -18,8 +18,8 @@ def refuses(spec: Spec | None) -> str | None:
         return f"inputs need integers or small floats, not a {type(spec.grid).__name__}"
     if spec.zero == "float" or (spec.zero == "int" and not isinstance(spec.grid, IntGrid)):
         return "inputs take an integer zero point (on integers) or none"
-    if spec.tensor_scale:
-        return "inputs take no scale for the whole tensor besides their own"
+    if spec.outer:
+        return "inputs take no scale for the whole tensor besides their own, and no rotation of theirs"
     if spec.index not in ("none", "token"):
         return f"inputs indexed by {spec.index} need a table of scales"
     if spec.range == "static" and spec.block != (-1, -1):

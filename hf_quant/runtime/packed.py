@@ -207,12 +207,12 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 def refit(W_NK: Tensor, spec: Spec) -> QTensor:
     """Nearest codes with min-max ranges; a codebook is fitted by k-means."""
-    W_NK, spec, outer = without_outer(W_NK, spec)
-    if isinstance(spec.grid, CodebookGrid):
-        return with_outer(fit_codebooks(W_NK, spec), outer)
-    blocks = as_blocks(W_NK, spec)
-    scale, zero = from_extremes(blocks.amin(-1), blocks.amax(-1), spec)
-    return with_outer(nearest(W_NK, scale, zero, spec), outer)
+    W_NK, inner, outer = without_outer(W_NK, spec)
+    if isinstance(inner.grid, CodebookGrid):
+        return with_outer(fit_codebooks(W_NK, inner), spec, outer)
+    blocks = as_blocks(W_NK, inner)
+    scale, zero = from_extremes(blocks.amin(-1), blocks.amax(-1), inner)
+    return with_outer(nearest(W_NK, scale, zero, inner), spec, outer)
 
 
 def _where_exact(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -48,7 +48,7 @@ class Bnb4Bit(PackedFormat):
         spec, K = layer.weights, layer.shape[1]
         if spec.grid != self.grid:
             return f"weights need the levels of {self.id}"
-        if spec.zero != "none" or spec.index != "none" or spec.range != "static" or spec.tensor_scale:
+        if spec.zero != "none" or spec.index != "none" or spec.range != "static" or spec.outer:
             return "weights have stored scales that depend on nothing but the block, and no zero point"
         if spec.scale not in (FloatGrid("float32"), DynamicGrid()):
             return "scales are kept in float32 or as 8-bit dynamic codes"

@@ -28,6 +28,8 @@ class Float8(PackedFormat):
         """The two types, blocks of any shape, float scales, no zero point."""
         if layer.weights.grid not in TYPES:
             return "weights need the values of float8_e4m3fn or float8_e5m2"
+        if layer.weights.rotation is not None:
+            return "rotated weights are not stored"
         return refuses(layer.weights) or activation.refuses(layer.inputs)
 
     def weight_layout(self, layer: Layer) -> Layout:

@@ -33,7 +33,7 @@ class Int8Act(PackedFormat):
             return f"weights need one scale for each row, not blocks of {spec.block}"
         if not isinstance(spec.scale, FloatGrid):
             return f"scales need a float type, not {type(spec.scale).__name__}"
-        if spec.index != "none" or spec.range != "static" or spec.tensor_scale:
+        if spec.index != "none" or spec.range != "static" or spec.outer:
             return "weights have stored scales that depend on nothing but the row"
         if inputs is None:
             return "inputs are not quantized"

@@ -34,7 +34,7 @@ class IntGroup(PackedFormat):
             return f"scales need a float type, not {type(spec.scale).__name__}"
         if spec.zero == "float":
             return "float zero points are not stored"
-        if spec.index != "none" or spec.range != "static" or spec.tensor_scale:
+        if spec.index != "none" or spec.range != "static" or spec.outer:
             return "weights have stored scales that depend on nothing but the block"
         if spec.block[0] not in (1, -1) and spec.block[0] < layer.shape[0]:
             return f"blocks of {spec.block[0]} rows: only 1 or all rows share a scale"

@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
-from hf_quant.formats import Layer, PackedFormat, Tensors
+from hf_quant.formats import Kernel, Layer, PackedFormat, Tensors
 from hf_quant.grids import CodebookGrid, FloatGrid, TableGrid
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits, words
-from hf_quant.kernels.lut.scales import Layout, check_scales, pack_scales, refuses, scale_layout, unpack_scales
+from hf_quant.kernels.lut.decode import table_grid, unpack
+from hf_quant.kernels.lut.rotated import RotatedInput
+from hf_quant.kernels.lut.scales import Layout, check_scales, pack_scales, refuses, scale_layout
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime import activation
 
 
 class LutGroup(PackedFormat):
-    """`W = table[code] * scale [* tensor_scale]`: NF4, MXFP4, NVFP4, every ExMy, any table of up to 256.
+    """`W = table[code] * scale [* tensor_scale]`, maybe rotated: NF4, MXFP4, NVFP4, every ExMy, any table of up to 256.
 
     Canonical tensors, for codes of b bits that stand for v values each:
         qweight: int32 `[N, ceil(K / v * b / 32)]`, each row a bit stream of codes (see `int-group/1`).
@@ -21,6 +23,7 @@ class LutGroup(PackedFormat):
     """
 
     id = "lut-group/1"
+    kernels: tuple[Kernel, ...] = (RotatedInput(),)
 
     def holds(self, layer: Layer) -> str | None:
         """Grids with a table, blocks of any shape, float scales, no zero point."""
@@ -33,19 +36,16 @@ class LutGroup(PackedFormat):
 
     def weight_layout(self, layer: Layer) -> Layout:
         """See the class."""
-        grid, (N, K) = _table_grid(layer), layer.shape
+        grid, (N, K) = table_grid(layer), layer.shape
         return scale_layout(layer) | {"qweight": ((N, words(K // grid.vector, grid.code_bits)), torch.int32)}
 
     def pack(self, q: QTensor) -> dict[str, Tensor]:
         """Codes as a bit stream."""
-        return pack_scales(q) | {"qweight": pack_bits(q.codes, _table_grid(Layer(q.shape, q.spec)).code_bits)}
+        return pack_scales(q) | {"qweight": pack_bits(q.codes, table_grid(Layer(q.shape, q.spec)).code_bits)}
 
     def unpack(self, tensors: Tensors, layer: Layer) -> QTensor:
         """Inverse of `pack`."""
-        grid = _table_grid(layer)
-        codes = unpack_bits(tensors["qweight"], grid.code_bits, layer.shape[1] // grid.vector)
-        scale, tensor_scale = unpack_scales(tensors, layer)
-        return QTensor(codes, scale, None, layer.weights, layer.shape, tensor_scale=tensor_scale)
+        return unpack(tensors, layer)
 
     def rows(self, ids_T: Tensor, tensors: Tensors, layer: Layer) -> Tensor:
         """Unpacks the rows asked for and nothing else."""
@@ -59,7 +59,7 @@ class LutGroup(PackedFormat):
         """Also: no code beyond the table, or of a pattern that is no value."""
         if (reason := super().check(tensors, layer) or check_scales(tensors)) is not None:
             return reason
-        grid = _table_grid(layer)
+        grid = table_grid(layer)
         table = grid.table()
         if len(table) == 1 << grid.code_bits and bool(table.isfinite().all()):
             return None
@@ -86,8 +86,8 @@ class CodebookGroup(PackedFormat):
             return f"weights need codebooks of their own, not {type(spec.grid).__name__}"
         if isinstance(spec.scale, FloatGrid) and spec.scale.bits < 16:
             return f"levels are kept in a type of 16 bits or more, not {spec.scale.dtype}"
-        if spec.tensor_scale:
-            return "the levels carry the scale, there is none for the tensor"
+        if spec.outer:
+            return "the levels carry the scale, there is none for the tensor, and no rotation"
         return refuses(spec) or activation.refuses(layer.inputs)
 
     def weight_layout(self, layer: Layer) -> Layout:
@@ -120,12 +120,6 @@ class CodebookGroup(PackedFormat):
         book = tensors["codebook"]
         own = {"qweight": tensors["qweight"][ids_T], "codebook": book[ids_T] if book.shape[0] > 1 else book}
         return self.unpack(own, Layer((len(ids_T), layer.shape[1]), layer.weights)).dequantize()
-
-
-def _table_grid(layer: Layer) -> TableGrid:
-    grid = layer.weights.grid
-    assert isinstance(grid, TableGrid)  # noqa: S101  `holds` has checked it
-    return grid
 
 
 def _codebook_grids(layer: Layer) -> tuple[CodebookGrid, FloatGrid]:

@@ -94,7 +94,7 @@ class KMeans:
     "squeezellm",
     paper=Paper("2306.07629", "SqueezeLLM: Dense-and-Sparse Quantization"),
     domains={"llm"},
-    claim="3 bits: KL below rtn's in groups of 128, and below k-means without sensitivities",
+    claim="3 bits: KL below rtn's in groups of 128; a weight apart is exact",
 )
 def squeezellm(
     bits: int = 4, group_size: int = -1, sensitive: bool = True, sparse: float = 0.0, sparse_sensitive: float = 0.0
