@@ -15,7 +15,7 @@ from hf_quant.integrations.finish import finish, quantizer_of
 from hf_quant.plan import make_plan
 from hf_quant.recipe import Recipe
 from hf_quant.report import Report
-from hf_quant.runtime.experts import unfuse_all
+from hf_quant.runtime.apart import take_apart
 
 
 def quantize(
@@ -88,7 +88,7 @@ def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, An
     if not isinstance(quantizer, Recipe):
         raise ConfigError(f"{config.method!r} is no recipe of stages; it cannot be estimated")
     before = sum(p.numel() * p.element_size() for p in whole.parameters())
-    unfuse_all(whole)
+    take_apart(whole)
     plan = make_plan(whole, quantizer, config.job())
     largest = max((sum(4 * n for n in _sizes(whole, b)) for b in plan.blocks), default=0)
     return {

@@ -11,8 +11,8 @@ from torch import nn
 from hf_quant.errors import CheckpointError
 from hf_quant.integrity import Stored, dtype_name
 from hf_quant.resources import release_freed
+from hf_quant.runtime.apart import can_take_apart, stand_in_for
 from hf_quant.runtime.embedding import QuantEmbedding, retie
-from hf_quant.runtime.experts import Experts, is_fused
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import Packed
 from hf_quant.sites import linear_shape
@@ -116,29 +116,30 @@ def _empty(module: nn.Module, entry: Mapping[str, Any], dtype: torch.dtype) -> P
 
 
 def _resolve(model: nn.Module, described: str) -> str | None:
-    """The described module's name in this model, or None; fused experts on the way are taken apart."""
+    """The described module's name in this model, or None; what is on the way is taken apart."""
     prefix = getattr(model, "base_model_prefix", "")
     for name in (described, f"{prefix}.{described}", described.removeprefix(f"{prefix}.")):
         try:
             model.get_submodule(name)
         except AttributeError:
-            if not _unfuse_on_the_way(model, name):
+            if not _taken_apart_on_the_way(model, name):
                 continue
         return name
     return None
 
 
-def _unfuse_on_the_way(model: nn.Module, name: str) -> bool:
-    """True when `name` is a member of a fused experts module, which is then taken apart."""
-    parent = name.rpartition(".")[0].rpartition(".")[0]
-    try:
-        experts = model.get_submodule(parent)
-        if is_fused(experts):
-            model.set_submodule(parent, Experts(experts))
-            model.get_submodule(name)
-            return True
-    except AttributeError:
-        pass
+def _taken_apart_on_the_way(model: nn.Module, name: str) -> bool:
+    """True when `name` is a matrix of a module that is to be taken apart, which then is."""
+    parents = [name[:i] for i, letter in enumerate(name) if letter == "."]
+    for parent in reversed(parents):
+        try:
+            module = model.get_submodule(parent)
+            if can_take_apart(module):
+                model.set_submodule(parent, stand_in_for(module))
+                model.get_submodule(name)
+                return True
+        except AttributeError:
+            pass
     return False
 
 

@@ -23,8 +23,8 @@ from hf_quant.checkpoint import (
 from hf_quant.errors import CheckpointError
 from hf_quant.formats import Layer, format_for
 from hf_quant.integrity import read_header
+from hf_quant.runtime.apart import take_apart
 from hf_quant.runtime.branches import LowRank
-from hf_quant.runtime.experts import unfuse_all
 from hf_quant.runtime.install import install_embedding, install_linear
 from hf_quant.runtime.packed import refit
 from hf_quant.sites import kept_reason, linear_shape
@@ -54,7 +54,7 @@ def float_model(kind: str, auto=AutoModelForCausalLM, **changes) -> nn.Module:
 
 @torch.no_grad()
 def quantize(model: nn.Module, embeddings: bool = False, bits: tuple[int, int] = (8, 4)) -> nn.Module:
-    unfuse_all(model)
+    take_apart(model)
     for i, (name, module) in enumerate(list(model.named_modules())):
         found = linear_shape(module)
         if found and not kept_reason(name):

@@ -13,29 +13,32 @@ from hf_quant.plan import Plan, SitePlan, make_plan
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry, Report
 from hf_quant.resources import peak_bytes, release_freed, versions
+from hf_quant.runtime.apart import can_take_apart, stand_in_for, take_apart
 from hf_quant.runtime.embedding import retie
-from hf_quant.runtime.experts import Expert, Experts, is_fused, unfuse_all
+from hf_quant.runtime.stand_in import StandIn
 from hf_quant.solve import solve
 
 
 def plan_on_load(model: nn.Module, recipe: Recipe, job: Job) -> Plan | None:
     """The plan for a model whose weights are still on disk; None when the recipe needs data.
 
-    The model itself keeps its fused experts, which the loader fills; the plan is made on a twin without them.
+    The model itself stays whole, as the loader knows it; the plan is made on a twin that is taken apart.
     """
     twin = copy.deepcopy(model)  # on the meta device: no bytes are copied
-    unfuse_all(twin)
+    take_apart(twin)
     plan = make_plan(twin, recipe, job)
     return plan if all(p.recipe.data_free for p in plan.sites.values()) else None
 
 
 def wants(model: nn.Module, plan: Plan, parameter: str) -> bool:
-    """Whether `install_loaded` takes this parameter: a site's weight, or anything of a fused experts module."""
+    """Whether `install_loaded` takes this parameter: a site's weight, or anything of a module that is taken apart."""
     owner, _, leaf = parameter.rpartition(".")
     if leaf == "weight" and owner in plan.sites:
         return True
     module = model.get_submodule(owner)
-    return (is_fused(module) or isinstance(module, Experts)) and any(s.startswith(owner + ".") for s in plan.sites)
+    return (can_take_apart(module) or isinstance(module, StandIn)) and any(
+        s.startswith(owner + ".") for s in plan.sites
+    )
 
 
 def tied_to(plan: Plan | None, parameter: str) -> list[str]:
@@ -66,29 +69,19 @@ def _install_loaded(model: nn.Module, plan: Plan, parameter: str, value: Tensor,
         if site.shares:
             retie(model)
         return entries
-    if is_fused(model.get_submodule(owner)):
-        model.set_submodule(owner, Experts(model.get_submodule(owner)))
-    experts = model.get_submodule(owner)
-    assert isinstance(experts, Experts)  # noqa: S101  `wants` has seen to it
-    member = "down" if leaf.startswith("down_proj") else "gate_up"
+    if can_take_apart(model.get_submodule(owner)):
+        model.set_submodule(owner, stand_in_for(model.get_submodule(owner)))
+    apart = model.get_submodule(owner)
+    assert isinstance(apart, StandIn)  # noqa: S101  `wants` has seen to it
     entries = []
-    for e in range(experts.num_experts):
-        name = f"{owner}.{e}.{member}"
-        if leaf.endswith("_bias"):
-            layer: nn.Module = getattr(experts.expert(e), member)
-            layer.bias = _loaded(nn.Parameter(value[e].to(dtype), requires_grad=False))
-        elif name in plan.sites:
-            entries.append(_install(model, plan.sites[name], _matrix(experts, value[e]), dtype))
+    for member, part, tensor in apart.members(leaf, value):
+        name = f"{owner}.{member}"
+        if part == "weight" and name in plan.sites:
+            entries.append(_install(model, plan.sites[name], tensor, dtype))
         else:
-            expert: Expert = experts.expert(e)
-            getattr(expert, member).weight = _loaded(
-                nn.Parameter(_matrix(experts, value[e]).to(dtype), requires_grad=False)
-            )
+            loaded = _loaded(nn.Parameter(tensor.to(dtype), requires_grad=False))
+            setattr(model.get_submodule(name), part, loaded)
     return entries
-
-
-def _matrix(experts: Experts, value: Tensor) -> Tensor:
-    return value.T if experts.is_transposed else value
 
 
 def _install(model: nn.Module, site: SitePlan, W_NK: Tensor, dtype: torch.dtype) -> Entry:

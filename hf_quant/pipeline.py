@@ -28,7 +28,7 @@ from hf_quant.report import Entry, Report
 from hf_quant.resources import peak_bytes, versions
 from hf_quant.rewrite import float_weight, fold
 from hf_quant.run_dir import RunDir
-from hf_quant.runtime.experts import fuse_floats, unfuse_all
+from hf_quant.runtime.apart import put_back_floats, take_apart
 from hf_quant.sites import SiteGroup, covering
 from hf_quant.solve import Solved, Split, solve
 from hf_quant.stages.sampler import Batch
@@ -45,7 +45,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
     """
     started = time.perf_counter()
     _refuse_offloaded(model)
-    with _unfused(model):
+    with _apart(model):
         plan = make_plan(model, recipe, job)
         batches: list[Batch] = []
         if not recipe.data_free or any(not p.recipe.data_free for p in plan.sites.values()):
@@ -72,15 +72,15 @@ def _refuse_offloaded(model: nn.Module) -> None:
 
 
 @contextmanager
-def _unfused(model: nn.Module) -> Iterator[None]:
-    """In eval mode, experts as layers of their own; afterwards what was not quantized is as it was."""
+def _apart(model: nn.Module) -> Iterator[None]:
+    """In eval mode, every matrix a layer of its own; afterwards what was not quantized is as it was."""
     was_training = model.training
     model.eval()
-    unfuse_all(model)
+    take_apart(model)
     try:
         yield
     finally:
-        fuse_floats(model)
+        put_back_floats(model)
         model.train(was_training)
 
 

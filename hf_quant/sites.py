@@ -13,8 +13,6 @@ Kind = Literal["linear", "conv1d", "embedding", "experts"]
 KEPT_NAMES = {
     "output head": (
         "lm_head",
-        "proj_out",
-        "proj_out_*",
         "classifier",
         "score",
         "qa_outputs",
@@ -24,6 +22,11 @@ KEPT_NAMES = {
         "pooler",
     ),
     "router": ("router", "gate", "shared_expert_gate"),
+}
+# The same, of the model's own children only: attention blocks have layers of these names inside.
+KEPT_CHILDREN = {
+    "output head": ("proj_out", "proj_out_*"),
+    "input or output convolution": ("conv_in", "conv_out"),
 }
 
 PLAIN_LINEARS = ("FalconLinear",)  # subclasses of nn.Linear that compute what it does
@@ -84,9 +87,11 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 def kept_reason(name: str) -> str | None:
     """Why a module of this name, or inside one of it, stays in full precision by default; or None."""
-    for reason, patterns in KEPT_NAMES.items():
-        if any(fnmatchcase(part, p) for part in name.split(".") for p in patterns):
-            return reason
+    parts = name.split(".")
+    for table, looked_at in ((KEPT_NAMES, parts), (KEPT_CHILDREN, parts[:1])):
+        for reason, patterns in table.items():
+            if any(fnmatchcase(part, p) for part in looked_at for p in patterns):
+                return reason
     return None
 
 

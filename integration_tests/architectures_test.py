@@ -21,8 +21,8 @@ from hf_quant.errors import CalibrationError, ConfigError, UnsupportedModel
 from hf_quant.ledger import true_bits
 from hf_quant.qtensor import nearest
 from hf_quant.report import Report
+from hf_quant.runtime.apart import take_apart
 from hf_quant.runtime.embedding import QuantEmbedding
-from hf_quant.runtime.experts import unfuse_all
 from hf_quant.runtime.packed import Packed
 from integration_tests.architectures import MODELS, build, inputs, logits, same
 
@@ -201,7 +201,7 @@ def test_an_expert_that_no_token_reaches_stops_the_run(saved: Save, tmp_path: Pa
     missed = [e for e in missed if e.status == "quantized"]
     assert {e.name.rpartition(".experts.")[2] for e in missed} == {"3.gate_up.weight", "3.down.weight"}
     plain = load(folder, name)
-    unfuse_all(plain)
+    take_apart(plain)
     for expert, rounded in ((3, True), (0, False)):
         for layer in ("gate_up", "down"):
             path = f"model.layers.0.mlp.experts.{expert}.{layer}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, PipelineQuantizationConfig
+from diffusers import DiTTransformer2DModel, PipelineQuantizationConfig, UNet2DConditionModel, UNet2DModel
 
 import hf_quant
 from hf_quant import QuantConfig
@@ -98,3 +98,60 @@ def test_pipeline_configs_take_it() -> None:
     for config in (one, every):
         resolved = config._resolve_quant_config(is_diffusers=True, module_name="transformer")
         assert resolved == QuantConfig("rtn", bits=4)
+
+
+UNET = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64),
+    "norm_num_groups": 8,
+}
+
+
+def unets() -> dict[str, tuple[torch.nn.Module, dict[str, torch.Tensor]]]:
+    """Small U-Nets with attention, and something to run them on."""
+    torch.manual_seed(0)
+    plain = UNet2DModel(
+        **UNET, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D")
+    )
+    conditional = UNet2DConditionModel(
+        **UNET,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+    )
+    inputs = {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([5, 700])}
+    return {
+        "plain": (plain, inputs),
+        "conditional": (conditional, {**inputs, "encoder_hidden_states": torch.randn(2, 4, 16)}),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["plain", "conditional"])
+def test_convolutions_of_a_unet_are_quantized_too(name: str, tmp_path: Path) -> None:
+    """Every convolution but the first and the last, while loading as in memory; and they come back as they were."""
+    model, inputs = unets()[name]
+    model.save_pretrained(tmp_path / "float")
+    whole, kind = model(**inputs).sample, type(model)
+    convolutions = [n for n, m in model.named_modules() if type(m) is torch.nn.Conv2d]
+    loaded = kind.from_pretrained(tmp_path / "float", quantization_config=QuantConfig("rtn", bits=4, group_size=32))
+    left = [n for n, m in loaded.named_modules() if type(m) is torch.nn.Conv2d]
+    assert left == [n for n in convolutions if n in ("conv_in", "conv_out")]
+    hf_quant.quantize(model, QuantConfig("rtn", bits=4, group_size=32))
+    assert torch.equal(loaded(**inputs).sample, model(**inputs).sample)
+    loaded.save_pretrained(tmp_path / "packed")
+    again = kind.from_pretrained(tmp_path / "packed")
+    assert torch.equal(again(**inputs).sample, loaded(**inputs).sample)
+    calibrated, _ = unets()[name]
+    batches = [{**inputs, "timestep": torch.full((2,), t)} for t in (1, 500, 900)]
+    for config in (QuantConfig("gptq", bits=8, group_size=32), QuantConfig("int8-default")):
+        calibrated, _ = unets()[name]
+        hf_quant.quantize(calibrated, config, data=batches, progress=False)
+        assert 0 < float((calibrated(**inputs).sample - whole).norm() / whole.norm()) < 0.05
+    hf_quant.dequantize(loaded)
+    assert [n for n, m in loaded.named_modules() if type(m) is torch.nn.Conv2d] == convolutions
+    assert set(loaded.state_dict()) == set(unets()[name][0].state_dict())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_quant.checkpoint import packed_modules
 from hf_quant.errors import CheckpointError
 from hf_quant.integrity import Stored, check_index, config_crc, seal, verify, verify_config
-from hf_quant.runtime.experts import Experts
+from hf_quant.runtime.stand_in import StandIn
 
 
 def tripwire(model: nn.Module) -> dict[str, Tensor]:
@@ -36,16 +36,18 @@ def ignore_tripwire(model: nn.Module) -> None:
 def _stood_for(model: nn.Module) -> list[str]:
     """Names of the float weights that the quantized modules stand for, in the order of their use as a tripwire.
 
-    Experts come last, by the name of the fused weight: the names of their members mean nothing to stock code, and
-    those of a tied head are not looked for in a checkpoint.
+    Stand-ins come last, by the name of a weight of what they stand in for: the names of their members mean nothing to
+    stock code, and those of a tied head are not looked for in a checkpoint.
     """
     tied = {key.rpartition(".")[0] for key in getattr(model, "all_tied_weights_keys", {})}
     names = [name for name, _ in packed_modules(model) if name not in tied]
-    fused = [
-        n for n, m in model.named_modules() if isinstance(m, Experts) and any(x.startswith(n + ".") for x in names)
-    ]
-    alone = [n for n in names if not any(n.startswith(f + ".") for f in fused)]
-    return [f"{n}.weight" for n in alone] + [f"{n}.down_proj" for n in fused]
+    apart = {
+        n: m.stock_weight
+        for n, m in model.named_modules()
+        if isinstance(m, StandIn) and any(x.startswith(n + ".") for x in names)
+    }
+    alone = [n for n in names if not any(n.startswith(a + ".") for a in apart)]
+    return [f"{n}.weight" for n in alone] + [f"{n}.{weight}" for n, weight in apart.items()]
 
 
 def sealed_state(model: Any) -> tuple[dict[str, Tensor], dict[str, str], int | None]:  # noqa: ANN401  a PreTrainedModel

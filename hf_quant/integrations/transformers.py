@@ -70,7 +70,11 @@ class Quantizer(TransformersQuantizer):  # type: ignore[misc]  # an untyped base
     def update_attn_implementation(self, config: Any) -> Any:  # noqa: ANN401  a PreTrainedConfig
         """Called with the config before the model is built: a damaged one must not size it."""
         check_config(getattr(config, "_name_or_path", ""), self.quantization_config.sealed)
-        return super().update_attn_implementation(config)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:  # noqa: ANN401  a PreTrainedConfig
+        """The hook at the same place of transformers before 5.21."""
+        return self.update_attn_implementation(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Remember the compute type."""

@@ -1,17 +1,18 @@
-"""Experts: transformers' fused 3-D expert weights as one ordinary linear layer a matrix.
+"""Experts: transformers' fused 3-D expert weights as one ordinary linear layer a matrix (see `runtime.stand_in`).
 
-Statistics, solvers, formats, kernels, saving and loading then need no special case: `experts.<e>.gate_up` and
-`experts.<e>.down` are `nn.Linear` while a model is calibrated, and `QuantLinear` after. The names match none of
-transformers' conversion patterns, which fuse and split `experts.*.<x>_proj.weight` at load and save.
+`experts.<e>.gate_up` and `experts.<e>.down` are `nn.Linear` while a model is calibrated, and `QuantLinear` after. The
+names match none of transformers' conversion patterns, which fuse and split `experts.*.<x>_proj.weight` at load and
+save.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_quant.errors import UnsupportedModel
-from hf_quant.runtime.packed import Packed
+from hf_quant.runtime.stand_in import Part, StandIn
 
 
 class Expert(nn.Module):
@@ -22,13 +23,14 @@ class Expert(nn.Module):
         self.gate_up, self.down = gate_up, down
 
 
-class Experts(nn.Module):
+class Experts(StandIn):
     """Stands in for a fused experts module, with its forward: children `0 .. E-1` are `Expert`s.
 
     Whatever else the fused module holds (activation, limits, norms, config) is taken over under the same names, so
     its own gate function runs unchanged.
     """
 
+    stock_weight: ClassVar[str] = "down_proj"
     source: type[nn.Module]
     num_experts: int
 
@@ -47,6 +49,16 @@ class Experts(nn.Module):
         self.num_experts = getattr(fused, second).shape[0]
         for e in range(self.num_experts):
             self.add_module(str(e), Expert(_linear(fused, first, e), _linear(fused, second, e)))
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        """See `refuses`."""
+        return is_fused(module) and refuses(module) is None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Experts":
+        """See `__init__`."""
+        return cls(module)
 
     def expert(self, e: int) -> Expert:
         """The e-th expert."""
@@ -87,8 +99,17 @@ class Experts(nn.Module):
             y = theirs.post_expert_norm(y)
         return y
 
-    def fuse(self) -> nn.Module:
-        """Back to the fused module, from the logical weights of the members (inverse of `__init__` for float ones)."""
+    def members(self, name: str, value: Tensor) -> Iterator[tuple[str, Part, Tensor]]:
+        """See `StandIn.members`."""
+        member = "down" if name.startswith("down_proj") else "gate_up"
+        for e in range(self.num_experts):
+            if name.endswith("_bias"):
+                yield f"{e}.{member}", "bias", value[e]
+            else:
+                yield f"{e}.{member}", "weight", value[e].T if self.is_transposed else value[e]
+
+    def put_back(self) -> nn.Module:
+        """See `StandIn.put_back`."""
         fused = self.source.__new__(self.source)
         nn.Module.__init__(fused)
         own = set(vars(nn.Module())) | {"source"}
@@ -129,36 +150,6 @@ def refuses(module: nn.Module) -> str | None:
     if set(_own(module)) != wanted:
         return f"{name} holds {sorted(_own(module))} where {sorted(wanted)} are expected"
     return None
-
-
-def unfuse_all(model: nn.Module) -> list[str]:
-    """Replace every fused experts module that `Experts` can stand in for; the names of those replaced."""
-    found = [name for name, module in model.named_modules() if is_fused(module) and refuses(module) is None]
-    for name in found:
-        model.set_submodule(name, Experts(model.get_submodule(name)))
-    return found
-
-
-def fuse_all(model: nn.Module) -> list[str]:
-    """Put every fused experts module back; the names of those replaced."""
-    found = [name for name, module in model.named_modules() if isinstance(module, Experts)]
-    for name in found:
-        experts: Any = model.get_submodule(name)
-        model.set_submodule(name, experts.fuse())
-    return found
-
-
-def fuse_floats(model: nn.Module) -> list[str]:
-    """Put back the fused experts modules none of whose members is quantized, as stock code saves and loads them."""
-    found = [n for n, m in model.named_modules() if isinstance(m, Experts) and not any(map(_packed, m.modules()))]
-    for name in found:
-        experts: Any = model.get_submodule(name)
-        model.set_submodule(name, experts.fuse())
-    return found
-
-
-def _packed(module: nn.Module) -> bool:
-    return isinstance(module, Packed)
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:

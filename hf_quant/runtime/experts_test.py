@@ -9,7 +9,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hf_quant.errors import UnsupportedModel
-from hf_quant.runtime.experts import Experts, fuse_all, is_fused, refuses, unfuse_all
+from hf_quant.runtime.apart import put_back_all, take_apart
+from hf_quant.runtime.experts import Experts, is_fused, refuses
 
 H, I, E, T, TOP = 12, 8, 4, 10, 2
 
@@ -60,7 +61,7 @@ def test_members_are_plain_linears_on_the_fused_storage(kind):
 @kinds
 def test_fuse_is_the_inverse(kind):
     module, args = fused(kind), routing()
-    back = Experts(copy.deepcopy(module)).fuse()
+    back = Experts(copy.deepcopy(module)).put_back()
     assert type(back) is type(module)
     for name, value in module.state_dict().items():
         assert torch.equal(back.state_dict()[name], value)
@@ -93,9 +94,9 @@ def test_whole_models():
     model = nn.ModuleDict({"a": fused("mixtral"), "b": nn.Linear(2, 2)})
     assert is_fused(model["a"])
     assert not is_fused(model["b"])
-    assert unfuse_all(model) == ["a"]
+    assert take_apart(model) == ["a"]
     assert isinstance(model["a"], Experts)
-    assert fuse_all(model) == ["a"]
+    assert put_back_all(model) == ["a"]
     assert isinstance(model["a"], MixtralExperts)
 
 

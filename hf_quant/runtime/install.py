@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from hf_quant.errors import UnsupportedModel
 from hf_quant.formats import PackedFormat
 from hf_quant.qtensor import QTensor
+from hf_quant.runtime.apart import put_back_all
 from hf_quant.runtime.branches import Branch
 from hf_quant.runtime.embedding import QuantEmbedding, tied_embedding, tied_head
-from hf_quant.runtime.experts import fuse_all
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import Packed
 from hf_quant.sites import linear_shape
@@ -83,7 +83,7 @@ def install_embedding(
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Put plain modules with the logical weights back, in place: Linear, Conv1D, Embedding, fused experts.
+    """Put plain modules with the logical weights back, in place: Linear, Conv1D, Embedding, experts, convolutions.
 
     Args:
         model: a quantized model.
@@ -97,7 +97,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             tied[id(module.qweight)] = nn.Parameter(module.dequantize(dtype), requires_grad=False)
         weight = tied[id(module.qweight)]
         model.set_submodule(name, _plain(module, weight).train(module.training))
-    fuse_all(model)
+    put_back_all(model)
     ties = getattr(model, "all_tied_weights_keys", None)
     if ties and any(key.endswith(".qweight") for key in ties):
         restored = {_of_weight(t): _of_weight(s) for t, s in ties.items()}
