@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any, ClassVar, Protocol
 
@@ -213,7 +214,8 @@ def formats() -> dict[str, PackedFormat]:
     import hf_quant.kernels as package
 
     folders = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg and not m.name.startswith("_"))
-    tuples = [importlib.import_module(f"hf_quant.kernels.{name}.format").FORMATS for name in folders]
+    named = [f"hf_quant.kernels.{name}.format" for name in folders]  # a folder without it holds an operator
+    tuples = [importlib.import_module(name).FORMATS for name in named if find_spec(name) is not None]
     tuples += [entry.load() for entry in entry_points(group="hf_quant.formats")]
     return {fmt.id: fmt for fmt in chain.from_iterable(tuples)}
 

@@ -1,7 +1,7 @@
 """Groups: which sites of a block read the same tensor, in which order, and which module produced it.
 
 Found by watching one forward of the block, not by a table of architectures: sites whose inputs share storage form a
-group, and a norm whose output is that storage is its producer, if nothing else reads it.
+group, and a norm whose output is that storage is its producer, if nothing else reads it. Other producers: `pairs`.
 """
 
 from dataclasses import dataclass, field
@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from hf_quant.capture import first_tensor, left_products
 from hf_quant.sites import Site, SiteGroup
 
-# (producer leaf, consumer leaf): the consumer's input is the producer's output times, or averaged by, something that
-# does not mix its channels, so a per-channel scale passes through. The fold is verified on data all the same.
-PASS_THROUGH = {"down_proj": "up_proj", "o_proj": "v_proj", "out_proj": "v_proj"}
-
 
 @dataclass(slots=True, eq=False)
-class _Trace:
+class Trace:
+    """What one forward showed of the leaves of a block; its tensors are kept alive, so storage tells them apart."""
+
     inputs: list[tuple[str, Tensor]] = field(default_factory=list)  # leaf modules in order of execution
     outputs: list[tuple[str, Tensor]] = field(default_factory=list)
 
@@ -30,7 +28,7 @@ def find_groups(block: nn.Module, block_name: str, sites: list[Site], run: Any) 
     Args:
         run: calls the block once on real inputs.
     """
-    trace = _trace(block, block_name, run)
+    trace = trace_of(block, block_name, run)
     by_name = {s.name: s for s in sites}
     groups: dict[Any, list[Site]] = {}
     for name, x in trace.inputs:
@@ -47,8 +45,9 @@ def _key(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.numel()
 
 
-def _trace(block: nn.Module, block_name: str, run: Any) -> _Trace:  # noqa: ANN401
-    trace, handles = _Trace(), []
+def trace_of(block: nn.Module, block_name: str, run: Any) -> Trace:  # noqa: ANN401
+    """Run the block once and write down the inputs and outputs of its leaves."""
+    trace, handles = Trace(), []
 
     def pre(name: str) -> Any:  # noqa: ANN401
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
@@ -81,20 +80,13 @@ def _trace(block: nn.Module, block_name: str, run: Any) -> _Trace:  # noqa: ANN4
     return trace
 
 
-def _producer(block: nn.Module, block_name: str, key: Any, members: list[Site], trace: _Trace) -> str | None:  # noqa: ANN401
+def _producer(block: nn.Module, block_name: str, key: Any, members: list[Site], trace: Trace) -> str | None:  # noqa: ANN401
     names = {m.name for m in members}
     if any(_key(x) == key and n not in names for n, x in trace.inputs):
         return None  # something that is not quantized reads it too
     for name, out in trace.outputs:
         if _key(out) == key and "norm" in type(_module(block, block_name, name)).__name__.lower():
             return name
-    if len(members) == 1:
-        parent, _, leaf = members[0].name.rpartition(".")
-        sibling = f"{parent}.{PASS_THROUGH.get(leaf, '')}"
-        if any(n == sibling for n, _ in trace.inputs):
-            module = _module(block, block_name, sibling)
-            if getattr(module, "out_features", None) == members[0].shape[1]:
-                return sibling
     return None
 
 

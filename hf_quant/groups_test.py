@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_quant.config import QuantConfig
 from hf_quant.errors import UnsupportedModel
 from hf_quant.groups import find_groups
+from hf_quant.pairs import link
 from hf_quant.rewrite import fold
 from hf_quant.sites import Site, SiteGroup, walk
 from hf_quant.stages.transform import Diagonal
@@ -74,15 +75,18 @@ def test_llama_groups_without_a_table() -> None:
         intermediate_size=48,
         num_hidden_layers=1,
         num_attention_heads=4,
-        num_key_value_heads=4,
+        num_key_value_heads=2,
     )
     model = LlamaForCausalLM(config).eval()
     block, name = model.model.layers[0], "model.layers.0"
     hidden = torch.randn(1, 6, 32)
     rope = model.model.rotary_emb(hidden, torch.arange(6)[None])
-    groups = find_groups(
-        block, name, [s for s in walk(model) if s.block == name], lambda b: b(hidden, position_embeddings=rope)
-    )
+
+    def run(b: nn.Module) -> Tensor:
+        out: Tensor = b(hidden, position_embeddings=rope)
+        return out
+
+    groups = link(find_groups(block, name, [s for s in walk(model) if s.block == name], run), block, name, run)
     found = [
         ({s.name.rpartition(".")[2] for s in g.sites}, (g.producer or "").removeprefix(name + ".")) for g in groups
     ]

@@ -20,14 +20,15 @@ from hf_quant.solve import solve
 
 
 def plan_on_load(model: nn.Module, recipe: Recipe, job: Job) -> Plan | None:
-    """The plan for a model whose weights are still on disk; None when the recipe needs data.
+    """The plan for a model whose weights are still on disk; None when the recipe needs data, or a running model.
 
     The model itself stays whole, as the loader knows it; the plan is made on a twin that is taken apart.
     """
     twin = copy.deepcopy(model)  # on the meta device: no bytes are copied
     take_apart(twin)
     plan = make_plan(twin, recipe, job)
-    return plan if all(p.recipe.data_free for p in plan.sites.values()) else None
+    alone = not recipe.transforms and all(p.recipe.data_free for p in plan.sites.values())
+    return plan if alone else None
 
 
 def wants(model: nn.Module, plan: Plan, parameter: str) -> bool:

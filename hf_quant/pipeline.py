@@ -21,17 +21,20 @@ from hf_quant.fisher import fisher_states, of_inputs
 from hf_quant.groups import find_groups
 from hf_quant.install import install
 from hf_quant.memo import Memo
+from hf_quant.pairs import link
 from hf_quant.plan import Plan, SitePlan, make_plan, matches
 from hf_quant.progress import track
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry, Report
 from hf_quant.resources import peak_bytes, versions
 from hf_quant.rewrite import float_weight, fold
+from hf_quant.rotate import rotate_whole
 from hf_quant.run_dir import RunDir
 from hf_quant.runtime.apart import put_back_floats, take_apart
 from hf_quant.sites import SiteGroup, covering
 from hf_quant.solve import Solved, Split, solve
 from hf_quant.stages.sampler import Batch
+from hf_quant.stages.transform import Transform, WholeTransform
 from hf_quant.stats import Stat, State
 
 
@@ -51,6 +54,11 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
         if not recipe.data_free or any(not p.recipe.data_free for p in plan.sites.values()):
             batches = recipe.sampler.sample(job.data, job.processor, job.seed, model)
         with RunDir.open(job.run_dir, model, recipe, job, batches) as run_dir:
+            whole = [t for t in recipe.transforms if isinstance(t, WholeTransform)]
+            for transform in whole:
+                rotate_whole(model, plan.blocks, transform, batches, job.seed)
+            if whole:
+                plan = make_plan(model, recipe, job)  # what was tied may no longer be
             entries = _Loop(model, recipe, job, plan, my_share(batches), run_dir).run()
     return Report(
         method={},
@@ -243,10 +251,12 @@ class _Loop:
         self, block: nn.Module, name: str, groups: Sequence[SiteGroup], run: Callable[[nn.Module, int], Tensor]
     ) -> None:
         """Let every transform look at every group with a producer; verify that the block still computes the same."""
-        if not self.recipe.transforms:
+        transforms = [t for t in self.recipe.transforms if isinstance(t, Transform)]
+        if not transforms or not groups:
             return
         before = run(block, 0)
-        for transform in self.recipe.transforms:
+        groups = link(groups, block, name, lambda b: run(b, 0))
+        for transform in transforms:
             able = [g for g in groups if g.producer is not None]
             wanted = {_inside(g.sites[0].name, name): transform.needs for g in able}
             states = reduce_states(collect(block, run, self.batches, wanted, None))

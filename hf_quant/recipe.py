@@ -21,7 +21,7 @@ from hf_quant.stages.serving import Serving
 from hf_quant.stages.solver import Nearest, Solver
 from hf_quant.stages.splitter import Splitter
 from hf_quant.stages.trainer import Trainer
-from hf_quant.stages.transform import Transform
+from hf_quant.stages.transform import Transform, WholeTransform
 from hf_quant.stages.traversal import Sequential, Traversal
 from hf_quant.stages.tuner import BlockUnits, Tuner, Units
 from hf_quant.stats import Stat
@@ -83,7 +83,7 @@ class Recipe(HfQuantizer):
     cache: Spec | None = None
     format: str | None = None  # a format id; None: the plan takes the first that holds the layer
     sampler: Sampler = TextSampler()
-    transforms: tuple[Transform, ...] = ()
+    transforms: tuple[Transform | WholeTransform, ...] = ()  # whole ones first
     splitter: Splitter | None = None
     grids: GridChoice | None = None
     range: Range = AbsMaxRange()
@@ -101,7 +101,7 @@ class Recipe(HfQuantizer):
     @property
     def transform_needs(self) -> tuple[Stat, ...]:
         """Statistics the transforms read, of the input before any rewrite."""
-        return tuple(dict.fromkeys(s for t in self.transforms for s in t.needs))
+        return tuple(dict.fromkeys(s for t in self.transforms if isinstance(t, Transform) for s in t.needs))
 
     @property
     def needs(self) -> tuple[Stat, ...]:
@@ -116,8 +116,10 @@ class Recipe(HfQuantizer):
 
     @property
     def data_free(self) -> bool:
-        """True when nothing about activations is needed, so weights can be quantized while they are loaded."""
-        return not (self.needs or self.transform_needs or self.trainer or self.tuner or self.allocator or self.serving)
+        """True when nothing about activations is needed, so there need be no data."""
+        learns = any(t.learns for t in self.transforms if isinstance(t, WholeTransform))
+        others = self.trainer or self.tuner or self.allocator or self.serving
+        return not (self.needs or self.transform_needs or learns or others)
 
     def quantize(self, model: nn.Module, job: Job) -> "Report":
         """Run the loop."""

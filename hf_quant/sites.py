@@ -1,7 +1,7 @@
 """Sites: which matrices of a model can be quantized, which are kept and why, and which blocks they sit in."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -56,10 +56,17 @@ class SiteGroup:
     Attributes:
         producer: dotted path of the norm (or linear) whose output they read, when a per-channel scale can be folded
             into it; None when there is none.
+        channels: the producer's output channel that each input channel carries (values that several query heads
+            share); None: the one with the same number.
+        shifts: a constant can be moved from the producer to the readers, too.
+        head: so many neighbouring input channels can be rotated together with the producer's.
     """
 
     sites: tuple[Site, ...]
     producer: str | None = None
+    channels: Tensor | None = field(default=None, compare=False)
+    shifts: bool = field(default=False, compare=False)
+    head: int = field(default=1, compare=False)
 
 
 def linear_shape(module: nn.Module) -> tuple[Kind, tuple[int, int]] | None:

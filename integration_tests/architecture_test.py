@@ -96,6 +96,7 @@ KERNELS_MAY_IMPORT = (
     "hf_quant.errors",
     "hf_quant.formats",
     "hf_quant.grids",
+    "hf_quant.hadamard",
     "hf_quant.kernels",
     "hf_quant.qtensor",
     "hf_quant.runtime.activation",

@@ -13,6 +13,7 @@ from hf_quant.runtime.branches import Branch
 from hf_quant.runtime.embedding import QuantEmbedding, tied_embedding, tied_head
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import Packed
+from hf_quant.runtime.rotating import rotation_of
 from hf_quant.sites import linear_shape
 from hf_quant.spec import Spec
 
@@ -29,7 +30,7 @@ def install_linear(
     branches: Sequence[Branch] = (),
     dtype: torch.dtype | None = None,
 ) -> QuantLinear:
-    """Replace the linear layer (or Conv1D) `name` by a quantized one that takes over its bias.
+    """Replace the linear layer (or Conv1D) `name` by a quantized one, with its bias and its input's rotation.
 
     Arguments as in `QuantLinear.from_qtensor`; `dtype` defaults to the type of the layer's weight.
 
@@ -52,6 +53,7 @@ def install_linear(
         input_range=input_range,
         pre_scale=pre_scale,
         branches=branches,
+        rotation=rotation_of(module),
         dtype=dtype or weight.dtype,
     )
     layer.train(module.training)

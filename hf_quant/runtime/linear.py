@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from hf_quant.errors import ConfigError
 from hf_quant.formats import Layer, PackedFormat, choose_kernel, format_named
+from hf_quant.hadamard import Hadamard
+from hf_quant.operators import need_operator
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import pack_input
 from hf_quant.runtime.branches import Branch, Sparse, check_sparse, column_type, merged, sparse_linear
@@ -19,17 +21,19 @@ from hf_quant.sites import Kind
 from hf_quant.spec import Spec
 
 SPARSE = ("sparse_starts", "sparse_columns", "sparse_values")
+FIELDS = {"format", "weights", "inputs", "rank", "pre_scale", "sparse", "rotation"}  # of a description
 
 
 class QuantLinear(Packed, nn.Linear):
-    """`y = q(s x) Q^T + ((s x) down^T) up^T + (s x) S^T + b`, with Q packed `[N, K]`.
+    """`y = q(z) Q^T + (z down^T) up^T + z S^T + b` with `z = (s x) R`, and Q packed `[N, K]`.
 
-    `s` (`pre_scale` `[K]`), the low-rank branch (`lr_down` `[R, K]`, `lr_up` `[N, R]`), the sparse one
+    `s` (`pre_scale` `[K]`), the rotation R, the low-rank branch (`lr_down` `[R, K]`, `lr_up` `[N, R]`), the sparse one
     (`sparse_*`, the tensors of `branches.Sparse`) and `b` are there only when needed. A static input range lies beside
-    the codes as `input_scale` (and `input_zero_point`). The logical weight `.weight` is `(Q + up down + S) diag(s)`.
+    the codes as `input_scale` (and `input_zero_point`). The logical weight is `(Q + up down + S) R^T diag(s)`.
     """
 
     kind: Kind
+    rotation: Hadamard | None
     pre_scale: nn.Parameter | None
     lr_down: nn.Parameter | None
     lr_up: nn.Parameter | None
@@ -50,10 +54,13 @@ class QuantLinear(Packed, nn.Linear):
         lr_down: Tensor | None = None,
         lr_up: Tensor | None = None,
         sparse: Sparse | None = None,
+        rotation: Hadamard | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.out_features, self.in_features = layer.shape
-        self.kind = kind
+        self.kind, self.rotation = kind, rotation
+        if rotation is not None:
+            need_operator("hadamard")
         self._hold(fmt, layer, tensors, dtype)
         for name, part in zip(SPARSE, (None,) * 3 if sparse is None else sparse.tensors, strict=True):
             self.register_parameter(name, None if part is None else frozen(part))
@@ -72,6 +79,7 @@ class QuantLinear(Packed, nn.Linear):
         input_range: tuple[Tensor, Tensor | None] | None = None,
         pre_scale: Tensor | None = None,
         branches: Sequence[Branch] = (),
+        rotation: Hadamard | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "QuantLinear":
         """A ready layer from what a solver returned.
@@ -85,6 +93,7 @@ class QuantLinear(Packed, nn.Linear):
             input_range: (scale, zero) of a static `inputs`, as `qtensor.from_extremes` gives them.
             pre_scale: `[K]`, multiplied into the input at run time (a smoothing that could not be folded away).
             branches: low-rank and sparse terms; several of a kind become one.
+            rotation: of the input, while the model runs; `q` and the branches are those of the rotated weight `W R`.
             dtype: compute dtype.
         """
         layer = Layer(q.shape, q.spec, inputs)
@@ -104,6 +113,7 @@ class QuantLinear(Packed, nn.Linear):
             lr_down=down,
             lr_up=up,
             sparse=sparse,
+            rotation=rotation,
         )
         module.prepare()
         return module
@@ -118,6 +128,7 @@ class QuantLinear(Packed, nn.Linear):
             "rank": 0 if self.lr_down is None else self.lr_down.shape[0],
             "pre_scale": self.pre_scale is not None,
             **({} if self.sparse_columns is None else {"sparse": len(self.sparse_columns)}),
+            **({} if self.rotation is None else {"rotation": self.rotation.to_json()}),
         }
 
     @classmethod
@@ -130,6 +141,8 @@ class QuantLinear(Packed, nn.Linear):
             CheckpointError: a format that is not known here.
             ConfigError: a spec or rank that is not valid.
         """
+        if unknown := set(data) - FIELDS:
+            raise ConfigError(f"{sorted(unknown)} are not known here; a newer hf-quant may be needed")
         fmt = format_named(data["format"])
         inputs = None if data["inputs"] is None else Spec.from_json(data["inputs"])
         layer = Layer(shape, Spec.from_json(data["weights"]), inputs)
@@ -138,6 +151,9 @@ class QuantLinear(Packed, nn.Linear):
             raise ConfigError(f"rank={rank!r}: a low-rank branch of a [{n}, {k}] matrix has 0 to {max(n, k)} terms")
         if not isinstance(entries, int) or not 0 <= entries <= n * k:
             raise ConfigError(f"sparse={entries!r}: a sparse branch of a [{n}, {k}] matrix has 0 to {n * k} entries")
+        rotation = None if data.get("rotation") is None else Hadamard.from_json(data["rotation"])
+        if rotation is not None and (reason := rotation.refuses(k)):
+            raise ConfigError(f"rotation: {reason}")
 
         def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
@@ -155,6 +171,7 @@ class QuantLinear(Packed, nn.Linear):
             lr_down=empty(rank, k) if rank else None,
             lr_up=empty(n, rank) if rank else None,
             sparse=Sparse(*indices, empty(entries), k) if entries else None,
+            rotation=rotation,
         )
 
     def check_branches(self) -> str | None:
@@ -192,14 +209,15 @@ class QuantLinear(Packed, nn.Linear):
         return Sparse(self.sparse_starts, self.sparse_columns, self.sparse_values, self.in_features)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The logical weight `(Q + up down + S) diag(s)`, computed in float32."""
-        if self.lr_up is None and self.sparse is None and self.pre_scale is None:
+        """The logical weight `(Q + up down + S) R^T diag(s)`, computed in float32."""
+        if all(extra is None for extra in (self.lr_up, self.sparse, self.pre_scale, self.rotation)):
             return super().dequantize(dtype)
         W_NK = super().dequantize(torch.float32)
         if self.lr_up is not None and self.lr_down is not None:
             W_NK = W_NK + self.lr_up.float() @ self.lr_down.float()
         if self.sparse is not None:
             W_NK = W_NK + self.sparse.matrix()
+        W_NK = self._rotate(W_NK, inverse=True)
         if self.pre_scale is not None:
             W_NK = W_NK * self.pre_scale.float()
         return W_NK.to(dtype or self.compute_dtype)
@@ -207,11 +225,19 @@ class QuantLinear(Packed, nn.Linear):
     def _without_extras(self, W_NK: Tensor) -> Tensor:
         if self.pre_scale is not None:
             W_NK = W_NK.float() / self.pre_scale.float()
+        W_NK = self._rotate(W_NK)
         if self.lr_up is not None and self.lr_down is not None:
             W_NK = W_NK.float() - self.lr_up.float() @ self.lr_down.float()
         if self.sparse is not None:
             W_NK = W_NK.float() - self.sparse.matrix()
         return W_NK
+
+    def _rotate(self, x: Tensor, *, inverse: bool = False) -> Tensor:
+        """`x R` (or `x R^T`), in x's type."""
+        if self.rotation is None:
+            return x
+        rotated: Tensor = torch.ops.hf_quant.hadamard(x, self.rotation.size, self.rotation.seed, inverse)
+        return rotated
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K] -> [..., N]` in the type of x (of autocast, where it is on)."""
@@ -219,6 +245,7 @@ class QuantLinear(Packed, nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.pre_scale is not None:
             x = x * self.pre_scale.to(x.dtype)
+        x = self._rotate(x)
         tensors = self.packed_tensors()
         ready = self._ready == (x.device, x.dtype)  # not after an offload hook or an upcast: then the reference runs
         if self._blob is None and not torch.compiler.is_compiling():
@@ -242,7 +269,8 @@ class QuantLinear(Packed, nn.Linear):
         """One line for `print(model)`."""
         rank = "" if self.lr_down is None else f", rank={self.lr_down.shape[0]}"
         sparse = "" if self.sparse_columns is None else f", sparse={len(self.sparse_columns)}"
+        rotation = "" if self.rotation is None else f", rotation={self.rotation.size}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format.id}, kernel={self.kernel}{rank}{sparse}"
+            f"format={self.format.id}, kernel={self.kernel}{rank}{sparse}{rotation}"
         )

@@ -6,19 +6,24 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_quant.errors import UnsupportedSpec
+from hf_quant.errors import ConfigError, UnsupportedSpec
 from hf_quant.formats import Layer, format_for
+from hf_quant.hadamard import Hadamard
+from hf_quant.ledger import site_bits
 from hf_quant.qtensor import from_extremes
 from hf_quant.runtime.branches import LowRank
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import expose_logical_weights, refit
+from hf_quant.runtime.shards import refuses
 from hf_quant.runtime.weight_view import WeightView
 from hf_quant.spec import Spec, act_spec, int_spec
 
 N, K = 48, 100
 
 
-def make(spec: Spec | None = None, dtype=torch.float32, bias=True, extras=True, inputs=None, seed=0) -> QuantLinear:
+def make(
+    spec: Spec | None = None, dtype=torch.float32, bias=True, extras=True, inputs=None, seed=0, rotation=None
+) -> QuantLinear:
     g = torch.Generator().manual_seed(seed)
     spec = spec or int_spec(4, 32)
     W = torch.randn(N, K, generator=g) * 0.05
@@ -34,6 +39,7 @@ def make(spec: Spec | None = None, dtype=torch.float32, bias=True, extras=True, 
         input_range=input_range,
         pre_scale=torch.rand(K, generator=g) + 0.5 if extras else None,
         branches=branches if extras else (),
+        rotation=rotation,
         dtype=dtype,
     )
 
@@ -255,3 +261,56 @@ def test_a_layout_is_made_at_first_use_or_before_compiling(compiled_first):
     whole = torch.nn.functional.linear(inputs, layer.dequantize())
     assert not torch.equal(first, whole)  # the kernel ran, which rounds in another place than the reference
     torch.testing.assert_close(first, whole, rtol=0.05, atol=0.1)
+
+
+class TestRotation:
+    rotation = Hadamard(20, seed=3)
+
+    def test_forward_is_the_logical_weight(self):
+        layer = make(rotation=self.rotation)
+        torch.testing.assert_close(layer(x(2, 3)), nn.functional.linear(x(2, 3), layer.dequantize(), layer.bias))
+        assert torch.equal(layer.weight + 0, layer.dequantize())
+        R = self.rotation.matrix(K, torch.float32)
+        plain = make()
+        want = plain.dequantize() / plain.pre_scale @ R.T * plain.pre_scale
+        torch.testing.assert_close(layer.dequantize(), want)
+
+    def test_inputs_are_rounded_after_the_rotation(self):
+        layer = make(extras=False, inputs=act_spec(4), rotation=self.rotation)
+        plain = make(extras=False, inputs=act_spec(4))
+        torch.testing.assert_close(layer(x(5)), plain(x(5) @ self.rotation.matrix(K, torch.float32)))
+
+    def test_weights_written_are_stored_rotated(self):
+        layer = make(int_spec(8, 20), rotation=self.rotation)
+        want = layer.dequantize() + 0.03
+        layer.weight.data = want
+        torch.testing.assert_close(layer.dequantize(), want, atol=4e-3, rtol=0)
+
+    @pytest.mark.parametrize("inputs", [None, act_spec(4)])
+    def test_compiles_whole_with_the_gradient_of_the_logical_weight(self, inputs):
+        layer = make(inputs=inputs, rotation=self.rotation)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        a, b = (x(2, 3).requires_grad_() for _ in range(2))
+        torch.testing.assert_close(compiled(a), layer(a), rtol=0, atol=0)
+        compiled(a).sum().backward()
+        (b @ layer.dequantize().T).sum().backward()
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+
+    def test_saved_as_two_numbers(self):
+        layer, plain = make(rotation=self.rotation), make()
+        assert site_bits(layer) == site_bits(plain)
+        empty = QuantLinear.from_json(layer.describe(), (N, K), kind="linear", bias=True, dtype=torch.float32)
+        empty.load_state_dict(layer.state_dict(), assign=True)
+        assert torch.equal(empty(x(2)), layer(x(2)))
+        for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(copied(x(2)), layer(x(2)))
+
+    def test_what_does_not_fit_is_refused(self):
+        data = make().describe()
+        with pytest.raises(ConfigError, match="do not divide"):
+            QuantLinear.from_json(
+                {**data, "rotation": {"size": 64, "seed": 1}}, (N, K), kind="linear", bias=True, dtype=torch.float32
+            )
+        with pytest.raises(ConfigError, match="newer"):
+            QuantLinear.from_json({**data, "warp": 1}, (N, K), kind="linear", bias=True, dtype=torch.float32)
+        assert "rotated" in refuses(make(extras=False, rotation=self.rotation), "rowwise", 2)

@@ -50,6 +50,8 @@ def refuses(module: Packed, style: str, parts: int) -> str | None:
     if style not in STYLES:
         return f"{style!r} is neither colwise nor rowwise"
     extras = [n for n, _ in module.named_parameters(recurse=False) if n.startswith(("lr_", "sparse_", "pre_scale"))]
+    if getattr(module, "rotation", None) is not None:
+        extras.append("a rotated input")
     if extras:
         return f"{', '.join(extras)} cannot be cut the same way as the codes"
     with torch.device("cpu"):  # models are built inside torch.device("meta")

@@ -1,11 +1,16 @@
-"""Transform: what function-preserving rewrite first? A transform returns a value; `hf_quant.rewrite` folds it."""
+"""Transform: what function-preserving rewrite first? A transform returns a value; `hf_quant.rewrite` folds it.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+Two kinds. A `Transform` looks at one group of layers after the other, block by block, with statistics. A
+`WholeTransform` looks at the anatomy of the model, once, before the first block. Neither sees a module tree.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from hf_quant.hadamard import Hadamard
 from hf_quant.spec import Spec
 from hf_quant.stages.range import Range
 from hf_quant.stats import Stat, Stats
@@ -13,14 +18,35 @@ from hf_quant.stats import Stat, Stats
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Diagonal:
-    """Divide input channel k by `s_K[k]` and multiply column k of every weight that reads it by the same."""
+    """`x_k -> (x_k - z_k) / s_k`: column k of every weight that reads it times `s_K[k]`, `W z` into their biases.
+
+    Channels that carry the same value (shared by several query heads) get their geometric mean of s, their mean of z.
+    """
 
     s_K: Tensor
+    z_K: Tensor | None = None
 
 
-Rewrite = Diagonal  # rotations and shifts join this union as values of their own
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotations:
+    """Orthogonal rewrites of a whole model; gains (and means) of norms are folded into their readers before.
+
+    Attributes:
+        residual: `h -> h R` of the residual stream, `[D, D]`; None: it stays as it is.
+        heads: first site of a group that reads the values of attention -> the rotation of its heads, `[d, d]` for all
+            or `[H, d, d]`, one for each head of the producer.
+        online: first site of a group -> the rotation of its input while the model runs.
+    """
+
+    residual: Tensor | None = None
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    online: Mapping[str, Hadamard] = field(default_factory=dict)
 
 
+Rewrite = Diagonal | Rotations
+
+
+@runtime_checkable
 class Transform(Protocol):
     """Looks at one group of sites that read the same input, and proposes a rewrite."""
 
@@ -30,5 +56,37 @@ class Transform(Protocol):
 
     def propose(
         self, Ws: Sequence[Tensor], stats: Stats, weights: Spec, inputs: Spec | None, fit: Range
-    ) -> Rewrite | None:
+    ) -> Diagonal | None:
         """The rewrite for the group's weights `[N_i, K]`, or None to leave it as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What can be rotated in a model.
+
+    Attributes:
+        width: D, of the residual stream.
+        centered: its norms subtract the mean, so its rotation must keep the vector of ones (`rewrite.keep_ones`).
+        heads: first site of each group that reads values -> (heads of the producer, head width).
+        inner: first site of every group that does not read the residual stream -> width of its input.
+    """
+
+    width: int
+    centered: bool
+    heads: Mapping[str, tuple[int, int]]
+    inner: Mapping[str, int]
+
+
+Loss = Callable[[Rotations, int], Tensor]  # (rotations, step) -> the loss of the rounded model on the step's batch
+
+
+@runtime_checkable
+class WholeTransform(Protocol):
+    """Looks at the anatomy of a model, and proposes rotations."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether it calls the loss, so that calibration data is needed."""
+
+    def rotate(self, anatomy: Anatomy, loss: Loss, seed: int) -> Rotations:
+        """The rotations. `loss` is differentiable in them; the pipeline lends it, on the model as it was."""

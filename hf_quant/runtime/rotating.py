@@ -1,0 +1,45 @@
+"""Rotating: a float layer whose input is rotated while the model runs, until a quantized layer takes its place."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.errors import UnsupportedModel
+from hf_quant.hadamard import Hadamard
+from hf_quant.operators import need_operator
+
+
+@dataclass(frozen=True, slots=True)
+class Rotating:
+    """A forward pre-hook, the first of its layer: whoever watches the layer sees the rotated input."""
+
+    rotation: Hadamard
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`x -> x R`."""
+        return torch.ops.hf_quant.hadamard(args[0], self.rotation.size, self.rotation.seed, False), *args[1:]
+
+
+@torch.no_grad()
+def rotate_input(module: nn.Module, rotation: Hadamard) -> None:
+    """Rotate a float layer's input from now on, and its weight's columns with it: `x W^T = (x R) (W R)^T`.
+
+    Raises:
+        UnsupportedModel: the blocks of the rotation do not divide the input.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)  # noqa: S101  a linear layer's
+    W_NK = weight.T if type(module).__name__ == "Conv1D" else weight
+    if (reason := rotation.refuses(W_NK.shape[1])) is not None:
+        raise UnsupportedModel(f"an input cannot be rotated: {reason}")
+    need_operator("hadamard")
+    rotated = torch.ops.hf_quant.hadamard(W_NK.double(), rotation.size, rotation.seed, False)
+    W_NK.data.copy_(rotated.to(weight.dtype))
+    module.register_forward_pre_hook(Rotating(rotation), prepend=True)
+
+
+def rotation_of(module: nn.Module) -> Hadamard | None:
+    """The rotation of a float layer's input, if it has one."""
+    return next((h.rotation for h in module._forward_pre_hooks.values() if isinstance(h, Rotating)), None)
