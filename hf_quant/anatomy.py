@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_quant.capture import Recording, first_tensor, record, run_model
+from hf_quant.capture import Call, Recording, first_tensor, record, run_model
 from hf_quant.errors import UnsupportedModel
 from hf_quant.groups import find_groups, trace_of
 from hf_quant.pairs import link
@@ -135,7 +135,10 @@ def _inside(model: nn.Module, recording: Recording, sites: Sequence[Site], devic
     hidden = recording.starts[0][chain[0]]
     for name in chain:
         block, call = model.get_submodule(name), recording.calls[0][name]
-        run = lambda b, call=call, h=hidden: call.run(b, h, device)  # noqa: E731
+
+        def run(b: nn.Module, call: Call = call, h: Tensor = hidden) -> Tensor:
+            return call.run(b, h, device)
+
         found += link(find_groups(block, name, [s for s in sites if s.block == name], run), block, name, run)
         hidden = run(block)
     return found

@@ -49,7 +49,7 @@ class Hadamard:
         """The whole orthogonal matrix R, `[width, width]`: `x R` is what the transform makes of x."""
         block = sylvester(self.size // (core(self.size) or 1)).double()
         block = torch.kron(block, paley(core(self.size) or 1).double()) / self.size**0.5
-        whole = torch.block_diag(*[block] * (width // self.size))
+        whole: Tensor = torch.block_diag(*[block] * (width // self.size))
         return (whole if self.seed is None else signs(width, self.seed)[:, None] * whole).to(dtype)
 
     def to_json(self) -> dict[str, Any]:

@@ -84,8 +84,9 @@ def scale_outputs(name: str, module: nn.Module, s_C: Tensor) -> Tensor:
         return s_C
     else:
         raise UnsupportedModel(f"{name} ({type(module).__name__}) cannot take a per-channel scale")
-    if isinstance(module.bias if hasattr(module, "bias") else None, Tensor):
-        _set(module.bias, module.bias.double() / s_C)  # type: ignore[arg-type, operator, union-attr]
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor):
+        _set(bias, bias.double() / s_C)
     return s_C
 
 

@@ -1,6 +1,7 @@
 """Rotate: apply `Rotations` to the weights of a model, in place, once they were rehearsed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def untie(model: nn.Module) -> None:
     tied = ties(model)
     if not tied:
         return
-    parts = [getattr(model, "config", None), *(getattr(m, "config", None) for m in model.modules())]
+    parts: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     configs = [c for c in {id(c): c for c in parts}.values() if getattr(c, "tie_word_embeddings", False)]
     if not configs:
         raise UnsupportedModel(

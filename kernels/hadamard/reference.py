@@ -38,7 +38,7 @@ def transform(x: Tensor, size: int, seed: int | None, inverse: bool) -> Tensor:
 @cache
 def _factor(order: int, of_paley: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     """An orthogonal factor, scaled by `1 / sqrt(order)`."""
-    whole = (paley if of_paley else sylvester)(order).double() / order**0.5
+    whole: Tensor = (paley if of_paley else sylvester)(order).double() / order**0.5
     return whole.to(device, dtype)
 
 

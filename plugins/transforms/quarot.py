@@ -50,12 +50,12 @@ def residual_rotation(anatomy: Anatomy, seed: int) -> Tensor:
     if not anatomy.centered:
         return Hadamard.of_width(D, seed).matrix(D)
     g = torch.Generator().manual_seed(seed)
-    inner = torch.block_diag(
+    inner: Tensor = torch.block_diag(
         torch.ones(1, 1).double(), torch.linalg.qr(torch.randn(D - 1, D - 1, generator=g).double())[0]
     )
     u = torch.full((D, 1), D**-0.5, dtype=torch.float64)
     u[0] -= 1  # the reflection that takes the first axis to the ones
-    P = torch.eye(D).double() - 2 * u @ u.T / u.square().sum()
+    P: Tensor = torch.eye(D).double() - 2 * u @ u.T / u.square().sum()
     return P @ inner @ P
 
 
