@@ -125,8 +125,8 @@ def unets() -> dict[str, tuple[torch.nn.Module, dict[str, torch.Tensor]]]:
     )
     inputs = {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([5, 700])}
     return {
-        "plain": (plain, inputs),
-        "conditional": (conditional, {**inputs, "encoder_hidden_states": torch.randn(2, 4, 16)}),
+        "plain": (plain.eval(), inputs),
+        "conditional": (conditional.eval(), {**inputs, "encoder_hidden_states": torch.randn(2, 4, 16)}),
     }
 
 
