@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_quant.errors import CalibrationError
 from hf_quant.stages.objective import Fisher, Loss
 from hf_quant.stages.sampler import Batch
 from hf_quant.stats import Stat, State
@@ -17,6 +18,9 @@ def squared_gradients(
 
     Each sample counts for itself: squares of the gradient of a mean would vanish with the size of the batch. A weight
     that the loss does not depend on gets zeros.
+
+    Raises:
+        CalibrationError: the model computes no loss on the data, or one that is no number.
     """
     weights: dict[str, Tensor] = {}
     for name in sites:
@@ -34,6 +38,11 @@ def squared_gradients(
         for sample in (s for batch in batches for s in samples(batch)):
             with torch.enable_grad():
                 value = loss.loss(model, {name: tensor.to(device) for name, tensor in sample.items()})
+                if not isinstance(value, Tensor) or not value.requires_grad or not bool(torch.isfinite(value)):
+                    raise CalibrationError(
+                        f"sensitivities are gradients of the model's loss, and on this data that is {value}: pass "
+                        'batches with "labels", or use a method without sensitivities'
+                    )
                 gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
             for square, gradient in zip(squares.values(), gradients, strict=True):
                 if gradient is not None:
@@ -45,9 +54,10 @@ def squared_gradients(
 
 
 def samples(batch: Batch) -> list[Batch]:
-    """The micro-batch as batches of one sample; what holds for all samples (`[]` tags) goes to each."""
+    """The micro-batch as batches of one sample; what is not one a sample (a `[]` tag) goes to each."""
     size = len(next(iter(batch.values())))
-    return [{name: t[i : i + 1] if t.dim() else t for name, t in batch.items()} for i in range(size)]
+    own = {name: t.dim() > 0 and len(t) == size for name, t in batch.items()}
+    return [{name: t[i : i + 1] if own[name] else t for name, t in batch.items()} for i in range(size)]
 
 
 def fisher_states(
