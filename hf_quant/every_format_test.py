@@ -1,14 +1,18 @@
 """What every packed format owes, checked on every registered one. Being found by `formats()` means being covered."""
 
+import inspect
+import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_quant.formats import Kernel, Layer, PackedFormat, choose_kernel, format_for, format_named, formats
@@ -341,3 +345,29 @@ def test_integers_always_find_a_format() -> None:
     for layer in LAYERS:
         if isinstance(layer.weights.grid, IntGrid):
             assert format_for(layer).holds(layer) is None
+
+
+@pytest.mark.parametrize("format_id", IDS)
+def test_says_in_writing_what_its_bytes_are(format_id: str) -> None:
+    """An id that is a promise, and a README beside the format that gives the layout."""
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*/[1-9]\d*", format_id)
+    fmt = format_named(format_id)
+    readme = Path(inspect.getfile(type(fmt))).with_name("README.md").read_text()
+    assert format_id in readme
+    for name in fmt.weight_layout(held(format_id)[0]):
+        assert name in readme, f"the README does not say what {name} is"
+
+
+@pytest.mark.parametrize("format_id", IDS)
+def test_packing_is_deterministic_and_survives_the_disk(format_id: str, tmp_path: Path) -> None:
+    fmt = format_named(format_id)
+    for layer in held(format_id)[:: max(1, len(held(format_id)) // 12)]:
+        q, x_TK = make(layer, 3)
+        tensors, again = tensors_of(fmt, layer, q, x_TK), tensors_of(fmt, layer, q, x_TK)
+        save_file(tensors, tmp_path / "x.safetensors")
+        stored = load_file(tmp_path / "x.safetensors")
+        for name, tensor in tensors.items():
+            assert again[name].equal(tensor)
+            assert stored[name].equal(tensor)
+        assert fmt.check(stored, layer) is None
+        assert fmt.weight(stored, layer, torch.float32).equal(q.dequantize(torch.float32))

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import hf_quant
 import hf_quant.run_dir
 from hf_quant.config import QuantConfig
-from hf_quant.errors import CalibrationError, ConfigError, RunError, UnsupportedModel
+from hf_quant.errors import CalibrationError, ConfigError, RunError, UnsupportedModel, UnsupportedSpec
 from hf_quant.report import Report
+from hf_quant.testing.subjects import SUBJECTS
 
 IDS = torch.randint(0, 97, (6, 24), generator=torch.Generator().manual_seed(0))
 
@@ -218,3 +220,15 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path: Path
             assert process.exitcode == 0
     assert kills >= 1
     assert same(torch.load(tmp_path / "out.pt"), state(whole))
+
+
+@pytest.mark.parametrize(("domain", "where"), [("moe", "experts.0.gate_up: .*router"), ("vlm", "linear_1: .*outside")])
+def test_two_streams_are_refused_where_there_is_one(domain: str, where: str) -> None:
+    """Before any work: a router may send an expert other tokens, and outside the blocks there is no second stream."""
+    subject = SUBJECTS[domain]
+    with pytest.raises(UnsupportedSpec, match=where):
+        hf_quant.estimate(subject.model(), QuantConfig("gptaq"))
+    pattern = {"moe": "*.experts.*", "vlm": "model.multi_modal_projector.*"}[domain]
+    config = QuantConfig("gptaq", overrides={pattern: {"method": "gptq"}})
+    hf_quant.quantize(model := subject.model(), config, data=subject.data(), progress=False)
+    assert subject.output(model).isfinite().all()

@@ -13,6 +13,7 @@ from hf_quant.formats import Layer, PackedFormat, format_for, format_named
 from hf_quant.method import did_you_mean
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry
+from hf_quant.runtime.experts import Experts
 from hf_quant.sites import Site, covering, find_blocks, kept_reason, linear_shape, walk
 from hf_quant.stages.solver import Nearest
 
@@ -106,6 +107,7 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
         try:
             shares = tuple(end for end, table in tied.items() if table == site.name)
             sites[site.name] = _site_plan(site, own, shares)
+            _refuse_one_stream(model, sites[site.name])
         except UnsupportedSpec as error:
             problems.append(f"{site.name}: {error}")
     if problems:
@@ -163,6 +165,21 @@ def _site_plan(site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
     if reason := fmt.holds(layer):
         raise UnsupportedSpec(f"{fmt.id}: {reason}")
     return SitePlan(site, recipe, layer, fmt, shares)
+
+
+def _refuse_one_stream(model: nn.Module, plan: SitePlan) -> None:
+    """A method that compares two streams token by token needs both to pass the site with the same tokens."""
+    if not any(stat.two_streams for stat in plan.recipe.needs):
+        return
+    parents = plan.site.name.split(".")
+    owners = (model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents)))
+    why = "a router may send an expert other tokens there" if any(isinstance(o, Experts) for o in owners) else None
+    why = "there is none outside the blocks" if plan.site.block == "" else why
+    if why:
+        raise UnsupportedSpec(
+            "the method compares the layer's inputs with those on the full-precision path, and "
+            f'{why}; name another method for it, overrides={{"{plan.site.name}": {{"method": "gptq"}}}}, or skip it'
+        )
 
 
 def _overrides(names: Sequence[str], job: Job) -> dict[str, Recipe | None]:

@@ -7,7 +7,8 @@ path and X~ those of the same tokens in full precision. With `D = (2/N) (X~ - X)
 
 Shapes: W_NK weight; H_KK and D_KK; U_KK and P_KK upper and strictly upper.
 Differs from the paper: alpha = 0.25 as in the authors' code (the derivation has 1); both streams are captured in one
-pass per group of sites, so X~ is that of each sub-module.
+pass per group of sites, so X~ is that of each sub-module. Experts and
+layers outside every block are refused: a router may send an expert other tokens than in full precision.
 """
 
 from hf_quant.method import Paper, method
@@ -21,7 +22,7 @@ from hf_quant.stages.objective import AsymmetricMse
 @method(
     "gptaq",
     paper=Paper("2504.02692", "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration"),
-    domains={"llm", "vit", "vlm", "moe", "mamba", "diffusion"},
+    domains={"llm", "vit", "mamba", "diffusion"},
     claim="equals gptq when both paths agree; KL to full precision below rtn's at 3 bits in groups of 64",
 )
 def gptaq(
