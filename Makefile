@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-lowest check lint fix clean
+.PHONY: demo test test-lowest check lint fix proof clean
 
 demo: $(READY)  ## quantize a trained language model to 4 bits, measure it, save it, load it back, generate text
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +17,12 @@ test: $(READY)  ## the test suite
 # Old libraries warn about things that their later versions mended, so warnings are not errors here.
 test-lowest:  ## the test suite with the oldest versions that pyproject.toml allows
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt PYTEST_ARGS="-W default"
+
+# One process: two would write the same method's file. Claims of methods that are gone go with the folder.
+proof: $(READY)  ## measure every claim anew, and write STATUS.md from what came out
+	rm -rf proof/claims
+	$(BIN)/python -m pytest -q -m "not gpu and not hub" --claims proof/claims $(PYTEST_ARGS) plugins
+	$(BIN)/python -m hf_quant.testing.status
 
 check: lint test  ## what CI runs: format, lint, types, tests
 

@@ -1,18 +1,16 @@
-"""Fixtures every test may use."""
+"""Fixtures every test may use; the bench of trained models and the judge are in `hf_quant.testing.fixtures`."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-if TYPE_CHECKING:
-    from hf_quant.testing import Claims
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+pytest_plugins = ["hf_quant.testing.fixtures"]
 
 ROOT = Path(__file__).parent
 
@@ -21,19 +19,6 @@ ROOT = Path(__file__).parent
 def tiny_lm_path() -> Path:
     """The trained 5M-parameter language model that ships with the repository."""
     return ROOT / "examples" / "models" / "tiny-lm"
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--claims FOLDER` keeps what the claim tests measure."""
-    parser.addoption("--claims", type=Path, default=None, metavar="FOLDER", help="write claims as JSON into FOLDER")
-
-
-@pytest.fixture(scope="session")
-def claims(request: pytest.FixtureRequest) -> "Claims":
-    """Checks the claims of papers, see `hf_quant.testing.claims`."""
-    from hf_quant.testing import Claims
-
-    return Claims(request.config.getoption("claims"))
 
 
 @pytest.fixture

@@ -15,7 +15,18 @@ from hf_quant.cli.output import size
 from hf_quant.method import list_methods
 from hf_quant.recipe import Recipe
 
-COMMANDS = ("quantize", "evaluate", "inspect", "explain", "methods", "estimate", "dequantize", "card")
+COMMANDS = (
+    "quantize",
+    "evaluate",
+    "inspect",
+    "explain",
+    "methods",
+    "estimate",
+    "dequantize",
+    "card",
+    "leaderboard",
+    "doctor",
+)
 
 
 @pytest.fixture
@@ -86,6 +97,7 @@ def test_a_command_line_that_cannot_be_read_exits_2(run, words: list[str]) -> No
         (["dequantize", "no-such-folder", "out"], "no folder"),
         (["evaluate", "no-such-folder", "x.txt"], "no folder"),
         (["card", "no-such-folder"], "no folder"),
+        (["doctor", "no-such-folder", "x.txt"], "no folder"),
         (["methods", "gptqq"], "did you mean 'gptq'"),
     ],
 )

@@ -6,7 +6,7 @@ from functools import wraps
 
 import typer
 
-from hf_quant.cli import card, dequantize, estimate, evaluate, explain, inspect, methods, quantize
+from hf_quant.cli import card, dequantize, doctor, estimate, evaluate, explain, inspect, leaderboard, methods, quantize
 
 app = typer.Typer(
     name="hf-quant",
@@ -29,6 +29,8 @@ def _about() -> None:
       hf-quant estimate MODEL --method gptq --bits 4        [dim]how big it will be[/]
       hf-quant quantize MODEL OUT --method gptq --bits 4 --calibration texts.txt
       hf-quant evaluate OUT texts.txt --reference MODEL     [dim]how good it is[/]
+      hf-quant leaderboard MODEL texts.txt OUT              [dim]which method is best[/]
+      hf-quant doctor MODEL texts.txt                       [dim]why it is not good[/]
 
     MODEL is a folder, or a Hub id such as [bold]user/name[/]. Nothing is downloaded unless you name a Hub id.
     """
@@ -48,5 +50,5 @@ def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-for _module in (quantize, evaluate, inspect, explain, methods, estimate, dequantize, card):
+for _module in (quantize, evaluate, inspect, explain, methods, estimate, dequantize, card, leaderboard, doctor):
     app.command(_module.__name__.rpartition(".")[2])(_interruptible(_module.command))

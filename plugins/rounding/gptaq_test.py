@@ -5,12 +5,13 @@ from statistics import fmean
 SETTING = {"bits": 3, "group_size": 64}
 
 
-def test_claim(judge) -> None:  # type: ignore[no-untyped-def]
+def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """Well below rounding to nearest, and over three calibration sets no worse than GPTQ by more than the noise.
 
     On this model GPTAQ is a few percent better than GPTQ on average; that order is reported, not demanded.
     """
-    drifted, plain = ([judge.kl(method, seed=seed, **SETTING) for seed in range(3)] for method in ("gptaq", "gptq"))
-    assert fmean(drifted) <= 0.8 * judge.kl("rtn", **SETTING)
+    drifted, plain = (judge.kls(method, **SETTING) for method in ("gptaq", "gptq"))
+    rounded = judge.kls("rtn", **SETTING)
+    claims.order("gptaq", "KL below rtn's, w3g64, tiny-lm", ours=drifted, theirs=rounded, factor=0.8)
     assert fmean(drifted) < 1.05 * fmean(plain)
     assert drifted != plain
