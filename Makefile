@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-lowest check lint fix proof clean
+.PHONY: demo test test-lowest check lint fix proof bench-gpu sanitize-gpu clean
 
 demo: $(READY)  ## quantize a trained language model to 4 bits, measure it, save it, load it back, generate text
 	$(BIN)/python examples/quickstart.py
@@ -34,6 +34,19 @@ lint: $(READY) build/typing
 fix: $(READY)  ## format, and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# On a machine that has its own libraries and no network: make bench-gpu BENCH_PYTHON=python3
+BENCH_PYTHON ?=
+BENCH = PYTHONPATH=. $(or $(BENCH_PYTHON),$(BIN)/python)
+BENCH_READY = $(if $(BENCH_PYTHON),,$(READY))
+
+bench-gpu: $(BENCH_READY)  ## on a GPU, within 8 minutes: the tests marked gpu, then all benchmarks, as JSON in kernels/bench/results
+	$(BENCH) kernels/bench/run.py
+
+sanitize-gpu: $(BENCH_READY)  ## on a GPU: kernel tests under compute-sanitizer, where it is installed (memory, then races)
+	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not installed"; exit 1; }
+	$(foreach tool,memcheck racecheck,PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --tool $(tool) --error-exitcode 1 \
+		$(or $(BENCH_PYTHON),$(BIN)/python) -m pytest -q -m gpu kernels/_gemm/gpu_test.py -k "one_hot or float8" &&) true
 
 # The stamp is written last, so an interrupted set-up starts again; a later call with nothing changed costs nothing.
 $(READY): pyproject.toml setup.py $(CONSTRAINTS)

@@ -1,44 +1,77 @@
-"""The GPU kernel as the format sees it; Triton itself is imported when it first runs."""
+"""The GPU kernel of `int-group/1`: its codes and scales as an operand of the main loop."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import ClassVar
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
-from hf_quant.kernels.int_group.reference import zero_codes
+from hf_quant.grids import IntGrid
+from hf_quant.kernels._gemm.configs import kind
+from hf_quant.kernels._gemm.kernel import LowRank, TritonKernel, refuses_tokens
+from hf_quant.kernels._gemm.operand import BLOCK, WHOLE_ROW, RangesOf, Weight, affine_ranges, ranges_of, unit_for
+from hf_quant.kernels.int_group.bitstream import unpack_bits
+from hf_quant.kernels.int_group.reference import dequantize, zero_codes
 from hf_quant.runtime.activation import fake_quantize
+
+WIDTHS = {5: 6, 7: 8}  # bits that take the room of the next ones in memory
 
 
 @dataclass(frozen=True, slots=True)
-class Triton:
-    """`int_group.triton`, for every layer of the format."""
+class Triton(TritonKernel):
+    """The main loop of `kernels/_gemm`, for every layer of the format.
 
-    name: ClassVar[str] = "triton"
-
-    def supports(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
-        """See `Kernel.supports`."""
-        if device.type != "cuda":
-            return f"runs on cuda, not {device.type}"
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"takes float32, float16 and bfloat16, not {dtype}"
-        if find_spec("triton") is None:
-            return "triton is not installed"
-        if not torch.cuda.is_available():
-            return "no GPU is available here"
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-            return "needs a GPU of compute capability 8.0 or newer"
-        return None
+    Where inputs are integers and blocks of scales allow it, integers are multiplied; else inputs are rounded and
+    multiplied as numbers.
+    """
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-        """[zero points, one byte each] when there are any: they are few, and packed across rows."""
+        """[shuffled words, scales (with zero points where both fit a word), zero points where not; sums of the rows
+        where integer inputs have zero points].
+        """
+        codes = unpack_bits(tensors["qweight"], int(layer.weights.grid.bits), layer.shape[1])
+        integers = as_integers(layer)
+        words = operand(layer, "scales", kind(codes.device), integers=integers).shuffle.pack(codes)
         zeros = zero_codes(tensors, layer)
-        return [] if zeros is None else [zeros.contiguous()]
+        blob = [words, *affine_ranges(tensors["scale"], zeros, layer.shape[0], torch.float32 if integers else dtype)]
+        if integers and layer.inputs is not None and layer.inputs.zero == "int":
+            blob.append(dequantize(tensors, layer, torch.float32).sum(1))
+        return blob
 
-    def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
-        """See `Kernel.run`."""
-        from hf_quant.kernels.int_group.triton import matmul
+    def product(
+        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
+    ) -> Tensor:
+        """See `TritonKernel.product`."""
+        from hf_quant.kernels._gemm.launch import matmul
+        from hf_quant.kernels._gemm.quantized import quantize, static_range
 
-        return matmul(fake_quantize(x_TK, layer.inputs, tensors), tensors, blob[0] if blob else None, layer)
+        if not as_integers(layer):
+            weight = operand(layer, ranges_of(blob), kind(x_TK.device))
+            return matmul(fake_quantize(x_TK, layer.inputs, tensors), blob, weight, x_TK.dtype, low_rank=low_rank)
+        assert layer.inputs is not None  # noqa: S101  `as_integers`
+        sums = blob[-1] if layer.inputs.zero == "int" else None
+        blob = blob if sums is None else blob[:-1]
+        weight = operand(layer, ranges_of(blob), kind(x_TK.device), integers=True)
+        x = quantize(x_TK, layer.inputs, static_range(tensors))
+        return matmul(x, blob, weight, x_TK.dtype, low_rank=low_rank, row_sums=sums)
+
+
+def as_integers(layer: Layer) -> bool:
+    """Whether the layer's product is one of integers: their differences fit a byte, scales do not part a block."""
+    if layer.inputs is None or not isinstance(layer.inputs.grid, IntGrid):
+        return False
+    if refuses_tokens(layer.inputs) is not None:
+        return False
+    fits = layer.weights.grid.bits < 8 or layer.weights.zero == "none"
+    return fits and operand(layer, "scales", "", integers=True).span in (WHOLE_ROW, BLOCK)
+
+
+@cache
+def operand(layer: Layer, ranges: RangesOf, target: str, *, integers: bool = False) -> Weight:
+    """The layer's weight as the main loop sees it on a machine."""
+    grid = layer.weights.grid
+    assert isinstance(grid, IntGrid)  # noqa: S101  `holds` has checked it
+    bits, group = WIDTHS.get(grid.bits, grid.bits), layer.weights.block_size(layer.shape)[1]
+    unit = 4 if integers else unit_for(target, group, layer.shape[1])
+    return Weight(layer.shape, bits, group, ranges=ranges, zero=-grid.low, unit=unit)

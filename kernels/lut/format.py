@@ -7,6 +7,7 @@ from hf_quant.formats import Kernel, Layer, PackedFormat, Tensors
 from hf_quant.grids import CodebookGrid, FloatGrid, TableGrid
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits, words
 from hf_quant.kernels.lut.decode import table_grid, unpack
+from hf_quant.kernels.lut.gpu import CodebookTriton, Triton
 from hf_quant.kernels.lut.rotated import RotatedInput
 from hf_quant.kernels.lut.scales import Layout, check_scales, pack_scales, refuses, scale_layout
 from hf_quant.qtensor import QTensor
@@ -23,7 +24,7 @@ class LutGroup(PackedFormat):
     """
 
     id = "lut-group/1"
-    kernels: tuple[Kernel, ...] = (RotatedInput(),)
+    kernels: tuple[Kernel, ...] = (Triton(), RotatedInput())
 
     def holds(self, layer: Layer) -> str | None:
         """Grids with a table, blocks of any shape, float scales, no zero point."""
@@ -78,6 +79,7 @@ class CodebookGroup(PackedFormat):
     """
 
     id = "codebook-group/1"
+    kernels = (CodebookTriton(),)
 
     def holds(self, layer: Layer) -> str | None:
         """Stored codebooks of a float type of at least two bytes, blocks of any shape."""

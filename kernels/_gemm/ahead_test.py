@@ -1,0 +1,107 @@
+"""Kernels and shipped configurations compiled for machines that are not here: no spills, shared memory that fits."""
+
+import re
+from dataclasses import replace
+from itertools import product as pairs_of
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from hf_quant.kernels._gemm import ahead
+from hf_quant.kernels._gemm.configs import SHARED, Config, fit, shipped
+from hf_quant.kernels._gemm.operand import Weight, unit_for
+
+SHAPE = (4096, 4096)
+W4 = Weight(SHAPE, 4, 128, ranges="pairs")
+
+
+def sound(compiled: ahead.Compiled, target: str) -> None:
+    assert compiled.spills == 0
+    assert compiled.registers <= (512 if target.startswith("gfx") else 255)
+    assert compiled.shared <= SHARED[target]
+
+
+def of(target: str, weight: Weight) -> Weight:
+    """The weight as it is laid out for a machine."""
+    return replace(weight, unit=unit_for(target, weight.group, weight.shape[1]))
+
+
+def compiled(
+    weight: Weight, dtype: torch.dtype, config: Config, target: str, rank: int = 0, experts: bool = False
+) -> ahead.Compiled:
+    """The product as a machine of this kind would run it."""
+    weight = weight if dtype == torch.int8 else of(target, weight)
+    config = fit(config, weight, dtype.itemsize, target, SHARED[target])
+    return ahead.product(weight, dtype, config, target, rank=rank, experts=experts)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_load_feeds_the_fragment(target: str, bits: int) -> None:
+    """What a thread loads is what it multiplies: between memory and tensor core no weight goes to another thread.
+
+    All copies ahead are of 16 bytes, but those of scales; in the loop nothing is exchanged or stored to shared memory.
+    """
+    weight = of(target, replace(W4, bits=bits))
+    code = ahead.product(weight, torch.bfloat16, Config("tensor", BM=16, BN=64), target).asm["ptx"]
+    first = code.index("mma")
+    last = code.rindex("mma.sync" if target == "sm_80" else "wgmma.mma_async")
+    loop = code[code.rindex("\n$L", 0, first) : last]
+    assert "shfl" not in loop
+    assert "st.shared" not in loop
+    assert len(re.findall(r"cp\.async\.cg\.shared\.global \[[^;]*0x10", code)) >= 4
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_widths(bits: int) -> None:
+    sound(compiled(replace(W4, bits=bits), torch.float16, shipped()["sm_80"]["16"], "sm_80"), "sm_80")
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+def test_the_other_kernels(target: str) -> None:
+    """Quantizers, 8-bit products, sums of parts, experts, tables, dequantization: each once on every machine."""
+    stages = 2 if target.startswith("gfx") else 4
+    nvfp4 = Weight(SHAPE, 4, 16, "float4", "small_floats")
+    books = Weight(SHAPE, 3, 4096, "codebooks")
+    few = Config("tensor", num_stages=stages)
+    kernels = [
+        ahead.quantizer(torch.int8, target),
+        ahead.quantizer(torch.uint8, target, steps=10),
+        ahead.combiner(target, rank=32),
+        ahead.eight_bit(torch.int8, target),
+        compiled(replace(W4, ranges="scales", unit=4), torch.int8, few, target),
+        compiled(W4, torch.float16, few, target, rank=32, experts=True),
+        compiled(nvfp4, torch.bfloat16, few, target),
+        compiled(books, torch.float16, replace(few, splits=2), target),
+        compiled(Weight(SHAPE, 8, 4096, "float8_e4m3"), torch.bfloat16, few, target),
+        ahead.dequantizer(W4, torch.bfloat16, target),
+    ]
+    if target in ("sm_90", "sm_100"):
+        kernels += [ahead.eight_bit(torch.float8_e4m3fn, target, whole=w) for w in (True, False)]
+    for kernel in kernels:
+        sound(kernel, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ahead.TARGETS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_shipped_configuration(target: str, bits: int, dtype: torch.dtype) -> None:
+    for config, (group, ranges) in pairs_of(
+        set(shipped()[target].values()), ((128, "pairs"), (32, "pairs"), (4096, "scales"))
+    ):
+        weight = Weight(SHAPE, bits, group, ranges=ranges)
+        sound(compiled(weight, dtype, config, target), target)
+
+
+def test_addresses_have_64_bits() -> None:
+    """Of tensors; a program's own number and what is counted within a tile may have 32."""
+    code = ahead.product(W4, torch.bfloat16, Config("tensor"), "sm_90", experts=True).asm["ttir"]
+    offsets = re.findall(r"tt\.addptr [^:]*: tensor<(\S+)x!tt\.ptr<\w+>>, tensor<\S+x(i\d+)>", code)
+    assert len(offsets) >= 5
+    wide = [o for o in offsets if o[1] == "i64"]
+    narrow = [o for o in offsets if o[1] != "i64"]
+    assert len(wide) >= 5
+    assert all(shape in ("1x128", "4x128") for shape, _ in narrow), narrow

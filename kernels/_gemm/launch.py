@@ -1,0 +1,219 @@
+"""Launching the main loop: from a packed weight and tokens to the product."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from hf_quant.kernels._gemm import decode, loop
+from hf_quant.kernels._gemm.configs import Config, bucket, choose
+from hf_quant.kernels._gemm.operand import Weight
+
+INTERPRETED = not isinstance(loop.gemm_fwd_kernel, triton.JITFunction)
+BACKEND = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """Tokens as integers: `x = (values - zero) scale`.
+
+    Attributes:
+        values: int8 `[M, K]`.
+        scale: float32 `[M]`.
+        zero: float32 `[M]`, with `row_sums` of the weight, or None.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """Tokens by expert. A tile of `BM` rows has one expert.
+
+    Attributes:
+        order: int32 `[tiles BM]`, rows of the result; their number where a tile has room left.
+        expert: int32 `[tiles]`.
+        copies: rows of the result that one token makes: the experts it is sent to.
+        words: elements from one expert's words to the next one's.
+        ranges: the same of the scales.
+    """
+
+    order: Tensor
+    expert: Tensor
+    copies: int
+    words: int
+    ranges: int
+
+
+def matmul(
+    x: Tensor | Tokens,
+    blob: list[Tensor],
+    weight: Weight,
+    dtype: torch.dtype,
+    *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    row_sums: Tensor | None = None,
+    routing: Routing | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """`y = x W^T (+ a up^T)`, `[M, N]` in `dtype`.
+
+    Args:
+        x: `[M, K]`, or its integers.
+        blob: words `[N / 16, KB, words, 128]`, one or two range tensors `[G, N]`, a table of levels if there is one.
+        weight: what the blob is.
+        dtype: of the result.
+        low_rank: `a = x down^T` `[M, R]` and `up` `[N, R]`.
+        row_sums: `[N]`, when tokens have zero points.
+        routing: rows by expert; the blob is then stacked by expert.
+        config: instead of the chosen one.
+    """
+    values = x.values if isinstance(x, Tokens) else x
+    (N, K), M = weight.shape, values.shape[0] * (routing.copies if routing else 1)
+    if M == 0:
+        return torch.empty(0, N, dtype=dtype, device=values.device)
+    config = config or choose(weight, values.dtype, bucket(M), values.device)
+    if isinstance(x, Tokens) or routing is not None:
+        config = only_tensor(config, routing)
+    if config.way == "dense":
+        assert isinstance(x, Tensor)  # noqa: S101  `only_tensor`
+        y_MN = F.linear(x, dequantize(blob, weight, dtype))
+        return y_MN if low_rank is None else torch.addmm(y_MN, low_rank[0], low_rank[1].T)
+
+    values = values if values.stride(1) == 1 else values.contiguous()
+    rounded = INTERPRETED and dtype == torch.bfloat16  # the interpreter has no bfloat16
+    if rounded and values.dtype == dtype:
+        values = values.float()
+    a, up = low_rank if low_rank is not None else (values, values)
+    if rounded and low_rank is not None:
+        a, up = a.float(), up.float()
+    rank = up.shape[1] if low_rank is not None else 0
+    words, first, second, table = operands(blob, weight)
+    blocks = weight.shuffle.blocks(weight.shape)[1]
+    each = triton.cdiv(blocks, config.splits)
+    splits = triton.cdiv(blocks, each)
+    new = torch.zeros if routing else torch.empty  # rows that no expert takes are 0
+    y_MN = new(M, N, dtype=torch.float32 if rounded else dtype, device=values.device)
+    out = y_MN if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=values.device)
+    scale = x.scale if isinstance(x, Tokens) else values
+    zero = x.zero if isinstance(x, Tokens) and x.zero is not None else None
+    tiles = routing.expert.shape[0] if routing else triton.cdiv(M, config.BM)
+    loop.gemm_fwd_kernel[(tiles, triton.cdiv(N, config.BN), splits)](
+        values,
+        words,
+        first,
+        second,
+        table,
+        scale,
+        scale if zero is None else zero,
+        scale if row_sums is None else row_sums,
+        a,
+        up,
+        routing.order if routing else words,
+        routing.expert if routing else words,
+        out,
+        M,
+        N,
+        K,
+        blocks,
+        weight.group,
+        values.stride(0),
+        routing.words if routing else 0,
+        routing.ranges if routing else 0,
+        routing.copies if routing else 1,
+        each,
+        **constants(weight, values.dtype),
+        SHIFTED=zero is not None,
+        RANK=rank,
+        EXPERTS=routing is not None,
+        PARTIAL=splits > 1,
+        VECTOR=config.way == "vector",
+        ROUND=rounded and values.dtype == torch.float32,
+        STAGES=config.num_stages,
+        BM=config.BM,
+        BN=config.BN,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if splits > 1:
+        combine(out, y_MN, x if isinstance(x, Tokens) else None, row_sums, (a, up) if rank else None)
+    return y_MN.to(dtype) if rounded else y_MN
+
+
+def combine(
+    parts_SMN: Tensor,
+    y_MN: Tensor,
+    tokens: Tokens | None,
+    row_sums: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Sum the parts into `y_MN` and do what the end of a product does."""
+    splits, M, N = parts_SMN.shape
+    a, up = low_rank if low_rank is not None else (y_MN, y_MN)
+    scale = tokens.scale if tokens is not None else parts_SMN
+    zero = tokens.zero if tokens is not None else None
+    BM = 16 if M > 8 else triton.next_power_of_2(M)
+    loop.combine_fwd_kernel[(triton.cdiv(M, BM), triton.cdiv(N, 128))](
+        parts_SMN,
+        scale,
+        scale if zero is None else zero,
+        scale if row_sums is None else row_sums,
+        a,
+        up,
+        y_MN,
+        M,
+        N,
+        splits,
+        SCALED=tokens is not None,
+        SHIFTED=zero is not None,
+        RANK=up.shape[1] if low_rank is not None else 0,
+        BM=BM,
+        BN=128,
+    )
+
+
+def dequantize(blob: list[Tensor], weight: Weight, dtype: torch.dtype) -> Tensor:
+    """`W_NK` in `dtype`: the bits of the reference."""
+    N, K = weight.shape
+    words, first, second, table = operands(blob, weight)
+    rounded = INTERPRETED and dtype == torch.bfloat16
+    W_NK = torch.empty(N, K, dtype=torch.float32 if rounded else dtype, device=words.device)
+    BN, blocks = 64, weight.shuffle.blocks(weight.shape)[1]
+    loop.dequantize_kernel[(blocks, triton.cdiv(N, BN))](
+        words, first, second, table, W_NK, N, K, blocks, weight.group, **constants(weight, dtype), ROUND=rounded, BN=BN
+    )
+    return W_NK.to(dtype) if rounded else W_NK
+
+
+def constants(weight: Weight, dtype: torch.dtype, backend: str = BACKEND) -> dict[str, object]:
+    """What the kernels are compiled for, as far as the weight and the type of the tokens decide it."""
+    shuffle = weight.shuffle
+    return {
+        "DECODE": getattr(decode, weight.decode),
+        "BITS": weight.bits,
+        "WORDS": shuffle.words,
+        "PLANES": shuffle.planes,
+        "RANGES": getattr(decode, weight.ranges),
+        "SPAN": weight.span,
+        "ZERO": weight.zero,
+        "UNIT": weight.unit,
+        "PTX": weight.ptx(dtype, backend),
+    }
+
+
+def operands(blob: list[Tensor], weight: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(words, scales, zero points, table); what there is none of is another tensor that nobody reads."""
+    words, first, *rest = blob
+    second = rest.pop(0) if weight.ranges == "scales_and_zeros" else first
+    return words, first, second, rest[0] if rest else first
+
+
+def only_tensor(config: Config, routing: Routing | None) -> Config:
+    """For products that have neither a vector nor a dense way."""
+    if routing is not None:
+        return replace(config, way="tensor", BM=len(routing.order) // len(routing.expert), splits=1)
+    return replace(config, way="tensor", BM=max(16, config.BM))

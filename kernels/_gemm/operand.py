@@ -1,0 +1,96 @@
+"""Operand: a packed weight as the main loop takes it, with the static facts it is compiled for."""
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_quant.kernels._gemm.words import Shuffle
+
+RangesOf = Literal["scales", "scales_and_zeros", "pairs", "powers", "small_floats"]
+
+# what `loop.SPAN` says
+WHOLE_ROW, BLOCK, PLANE, ELEMENT = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What is known of a weight before its values: what a kernel is compiled and tuned for.
+
+    Attributes:
+        shape: (N, K).
+        bits: of a code in the words.
+        group: columns that share a scale.
+        decode: name of the function of decode.py that makes weights of words.
+        ranges: name of the one that loads scales and zero points.
+        zero: the zero point where it is a constant.
+        unit: neighbours of a row in one thread, see `unit_for`.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    group: int
+    decode: str = "integers"
+    ranges: RangesOf = "scales"
+    zero: int = 0
+    unit: int = 2
+
+    @property
+    def shuffle(self) -> Shuffle:
+        """How the codes lie."""
+        return Shuffle(self.bits, self.unit)
+
+    @property
+    def span(self) -> int:
+        """How finely groups cut a block."""
+        if self.group >= self.shape[1]:
+            return WHOLE_ROW
+        common = gcd(self.group, self.shuffle.columns)
+        return BLOCK if common == self.shuffle.columns else PLANE if common % (8 * self.unit) == 0 else ELEMENT
+
+    def ptx(self, dtype: torch.dtype, backend: str) -> bool:
+        """Whether the inline PTX decodes it: exact in 16 bits, groups that do not part a pair, an NVIDIA target."""
+        widest = {torch.bfloat16: 7, torch.float16: 8}.get(dtype, 0)  # a code fits under the magic number's mantissa
+        exact = self.decode == "integers" and self.ranges == "pairs" and self.bits <= widest
+        return backend == "cuda" and exact and self.span != ELEMENT
+
+
+def unit_for(target: str, group: int, K: int) -> int:
+    """Neighbours of a row in one thread of a 16-bit product: what spares the machine every exchange between threads.
+
+    Triton gives Ampere's (and small Blackwells') instructions 4 when the operand is made of narrower numbers. Only
+    where a group holds the columns of a plane, which are 8 units.
+    """
+    return 4 if target.startswith(("sm_8", "sm_12")) and (group >= K or group % 32 == 0) else 2
+
+
+def affine_ranges(scale_NG: Tensor, zero_NG: Tensor | None, rows: int, dtype: torch.dtype) -> list[Tensor]:
+    """[scales], or [scale and zero point in one word], or [scales, zero points]: each `[G, N]`.
+
+    So the rows of a tile are neighbours. A word has room for a scale that `dtype` holds exactly. What it is tells
+    `ranges_of`.
+    """
+    scale = scale_NG.expand(rows, -1).T.float()
+    if zero_NG is None:
+        return [scale.contiguous()]
+    zero, narrow = zero_NG.expand(rows, -1).T, scale.to(dtype)
+    if dtype in (torch.bfloat16, torch.float16) and torch.equal(narrow.float(), scale):
+        word = (narrow.contiguous().view(torch.int16).int() & 0xFFFF) | (zero.int() << 16)
+        return [word.contiguous()]
+    return [scale.contiguous(), zero.float().contiguous()]
+
+
+def ranges_of(blob: list[Tensor]) -> RangesOf:
+    """Which range function reads what `affine_ranges` made (behind the words)."""
+    if len(blob) > 2:
+        return "scales_and_zeros"
+    return "pairs" if blob[1].dtype == torch.int32 else "scales"
+
+
+def byte_ranges(bytes_NG: Tensor, rows: int) -> Tensor:
+    """uint8 `[N or 1, G]` -> int32 `[G / 4, N]`: four neighbours along K in one word."""
+    padded = F.pad(bytes_NG.expand(rows, -1), (0, -bytes_NG.shape[1] % 4)).contiguous()
+    return padded.view(torch.int32).T.contiguous()

@@ -1,0 +1,58 @@
+"""Products of 8-bit operands: integers, or floats where the machine multiplies them. The bytes as they are saved."""
+
+import triton
+import triton.language as tl
+
+from hf_quant.kernels._gemm.loop import finish
+
+
+@triton.jit
+def scaled_fwd_kernel(
+    x_ptr,  # [M, K] int8 or float8
+    w_ptr,  # [N, K] of the same type
+    sw_ptr,  # float32 [kb, N]: scales of W, by blocks of K
+    sx_ptr,  # float32 [M]
+    zx_ptr,  # float32 [M], or anything
+    sum_ptr,  # float32 [N], or anything
+    a_ptr,
+    up_ptr,
+    y_ptr,  # [M, N], or float32 [splits, M, N]
+    M,
+    N,
+    K,
+    block,  # columns that share a scale, a multiple of BK, or all
+    tiles_per_split,
+    WHOLE: tl.constexpr,  # one scale a row: it waits for the end
+    SHIFTED: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """`y[m, n] = sx[m] (sum_k x[m, k] w[n, k] sw[k, n] - zx[m] sum[n])`.
+
+    Sums of integers are exact in int32. float8 tensor cores keep fewer bits than float32 while they add, so they add a
+    tile of BK and no more.
+    """
+    INTEGER: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
+    m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
+    acc = tl.zeros((BN, BM), dtype=tl.int32 if INTEGER and WHOLE else tl.float32)
+    first = tl.program_id(2) * tiles_per_split
+    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(K, BK))):
+        k = (tile * BK + tl.arange(0, BK)).to(tl.int64)
+        x = tl.load(x_ptr + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+        w = tl.load(w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        if WHOLE:
+            acc += tl.dot(w, x)
+        else:
+            at = (tile * BK // block).to(tl.int64) * N + n
+            acc += tl.dot(w, x).to(tl.float32) * tl.load(sw_ptr + at, mask=n < N, other=0.0)[:, None]
+    if WHOLE:
+        acc = acc.to(tl.float32) * tl.load(sw_ptr + n, mask=n < N, other=0.0)[:, None]
+    if PARTIAL:
+        y_ptr += tl.program_id(2).to(tl.int64) * M * N
+        tl.store(y_ptr + m[None, :] * N + n[:, None], acc, mask=(m < M)[None, :] & (n < N)[:, None])
+    else:
+        finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, n, M, N, True, SHIFTED, RANK)

@@ -1,0 +1,117 @@
+"""The benchmarks in a dry form: tiny shapes on CPU, with what runs there."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_quant.kernels.bench import decoding, linear, run, tables
+from hf_quant.kernels.bench.contenders import CONTENDERS, Contender
+from hf_quant.kernels.bench.timing import interleaved
+
+CPU = torch.device("cpu")
+EARLY, LATE = time.monotonic() - 1, time.monotonic() + 1e6
+
+
+def fails(*_: object) -> Any:
+    raise ImportError("no such library\nmore of it")
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    names = [c for c in CONTENDERS if not c.name.startswith(("tinygemm", "gemlite", "Marlin"))]
+    dry = [replace(c, tokens=lambda _: True) for c in names] + [Contender("absent", fails)]
+    return {
+        "machine": {"device": "a test", "torch": torch.__version__},
+        "decoding": decoding.measure(CPU, LATE, [dry[0], dry[1]], shapes={"tiny": decoding.TINY}, seconds=0),
+        "linear": linear.measure(CPU, LATE, shapes=[(256, 512)], tokens=[1, 5], contenders=dry, seconds=0),
+    }
+
+
+def test_every_contender_of_ours_is_measured(measured: dict[str, Any]) -> None:
+    rows = measured["linear"]["rows"]
+    assert [(r["shape"], r["tokens"]) for r in rows] == [([256, 512], 1), ([256, 512], 5)]
+    ours = {c.name for c in CONTENDERS if not c.name.startswith(("tinygemm", "gemlite", "Marlin"))}
+    for row in rows:
+        assert set(row["microseconds"]) == ours
+        assert all(t > 0 for t in row["microseconds"].values())
+    assert rows[0]["bytes"]["torch"] == 256 * 512 * 2
+    assert rows[0]["bytes"]["int-group W4 g128"] < 0.3 * rows[0]["bytes"]["torch"]
+    assert measured["linear"]["absent"] == {"absent": "ImportError: no such library"}
+
+
+def test_decoding(measured: dict[str, Any]) -> None:
+    speeds = measured["decoding"]["tokens_per_second"]["tiny"]
+    assert list(speeds) == ["torch", "int-group W4 g128"]
+    assert all(s > 0 for s in speeds.values())
+
+
+def test_what_there_is_no_time_for_is_listed() -> None:
+    late = linear.measure(CPU, EARLY, shapes=[(16, 16)], tokens=[1], contenders=CONTENDERS[:1])
+    assert late["rows"] == []
+    assert late["left_out"] == [{"shape": [16, 16]}]
+    late = decoding.measure(CPU, EARLY, CONTENDERS[:1], shapes={"tiny": decoding.TINY})
+    assert late["left_out"] == [{"model": "tiny", "contender": "torch"}]
+
+
+def test_tables_come_from_the_json(measured: dict[str, Any]) -> None:
+    text = tables.written(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow", [measured])
+    assert "old" not in text
+    assert text.startswith("above\n")
+    assert text.endswith("\nbelow")
+    times = measured["linear"]["rows"][0]["microseconds"]
+    assert f"| {times['torch'] / times['int8-act W8A8']:.2f} |" in text
+    assert "absent (ImportError" in text
+    assert "On GPUs: not measured." in tables.written(text, [])
+
+
+def test_readme_has_the_figures_of_the_results() -> None:
+    readme = Path(__file__).parents[1] / "README.md"
+    assert tables.written(readme.read_text(), tables.all_results()) == readme.read_text()
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    interleaved({name: [lambda name=name: order.append(name)] for name in "abc"}, CPU, 0)  # type: ignore[misc]
+    assert "".join(order) == "abc" + "abcbcacababcbca"
+
+
+def test_red_tests_are_not_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(run, "red", lambda *_: "1 failed")
+    assert run.main() == 1
+    assert "1 failed" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_green_tests_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, measured: dict[str, Any]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(run, "red", lambda *_: None)
+    monkeypatch.setattr(run, "benchmarks", lambda *_: measured)
+    assert run.main() == 0
+    assert json.loads((tmp_path / "a-test.json").read_text()) == measured
+
+
+def test_the_test_run_tells_red_from_green(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "hf_quant").mkdir()
+    test = tmp_path / "kernels" / "test_it.py"
+    test.write_text("def test_it(): assert True")
+    assert run.red(60, "not gpu") is None
+    test.write_text("def test_it(): assert False")
+    assert "not green" in (run.red(60, "not gpu") or "")
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main() == 2
+    assert "no GPU" in capsys.readouterr().err

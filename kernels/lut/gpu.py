@@ -1,0 +1,108 @@
+"""The GPU kernels of `lut-group/1` and `codebook-group/1`: tables, and small floats decoded by arithmetic."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_quant.formats import Layer, Tensors
+from hf_quant.grids import CodebookGrid, FloatGrid, Grid, MiniFloatGrid, TableGrid
+from hf_quant.kernels._gemm.configs import kind
+from hf_quant.kernels._gemm.kernel import LowRank, TritonKernel, by_row
+from hf_quant.kernels._gemm.operand import RangesOf, Weight, byte_ranges, unit_for
+from hf_quant.kernels.int_group.bitstream import unpack_bits
+from hf_quant.kernels.lut.scales import unpack_scales
+from hf_quant.runtime.activation import fake_quantize
+
+WIDTHS = {5: 6, 7: 8}  # bits that take the room of the next ones in memory
+E2M1 = MiniFloatGrid(2, 1)
+BYTES: dict[Grid, RangesOf] = {FloatGrid("float8_e8m0fnu"): "powers", FloatGrid("float8_e4m3fn"): "small_floats"}
+
+
+@dataclass(frozen=True, slots=True)
+class Triton(TritonKernel):
+    """The main loop with a table of levels; MXFP4 and NVFP4 with E2M1 decoded on bits and scales that stay bytes."""
+
+    def takes(self, layer: Layer) -> str | None:
+        """Codes of one value."""
+        vector = layer.weights.grid.vector
+        return None if vector == 1 else f"codes of {vector} values are not decoded here"
+
+    def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+        """[shuffled words, scales `[G, N]` or their bytes, table and the tensor's scale]."""
+        weight, grid = table_operand(layer, kind(tensors["qweight"].device)), layer.weights.grid
+        assert isinstance(grid, TableGrid)  # noqa: S101  `holds` has checked it
+        words = weight.shuffle.pack(unpack_bits(tensors["qweight"], grid.code_bits, layer.shape[1]))
+        scale, whole = unpack_scales(tensors, layer)
+        whole = scale.new_ones(1) if whole is None else whole.reshape(1)
+        if weight.ranges == "scales":
+            ranges = by_row(scale, layer).expand(layer.shape[0], -1).T.contiguous()
+        else:
+            ranges = byte_ranges(by_row(tensors["scale"].view(torch.uint8), layer), layer.shape[0])
+        if weight.decode != "levels":
+            return [words, ranges, whole]
+        levels = grid.table().flatten().to(scale.device)
+        return [words, ranges, torch.cat((F.pad(levels, (0, (1 << weight.bits) - len(levels))), whole))]
+
+    def product(
+        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
+    ) -> Tensor:
+        """See `TritonKernel.product`; a rotated weight multiplies rotated inputs."""
+        from hf_quant.kernels._gemm.launch import matmul
+
+        x_TK, rotation = fake_quantize(x_TK, layer.inputs, tensors), layer.weights.rotation
+        if rotation is not None:
+            x_TK = rotation.apply(x_TK).to(x_TK.dtype)
+        weight = table_operand(layer, kind(x_TK.device))
+        return matmul(x_TK, blob, weight, x_TK.dtype, low_rank=low_rank)
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookTriton(TritonKernel):
+    """The main loop with a codebook a block."""
+
+    def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+        """[shuffled words, number of each block's codebook int32 `[G, N]`, the codebooks]."""
+        grid, weight = layer.weights.grid, codebook_operand(layer, kind(tensors["qweight"].device))
+        assert isinstance(grid, CodebookGrid)  # noqa: S101  `holds` has checked it
+        words = weight.shuffle.pack(unpack_bits(tensors["qweight"], grid.bits, layer.shape[1]))
+        nb, kb = layer.weights.blocks(layer.shape)
+        number = torch.arange(nb * kb, device=words.device, dtype=torch.int32).view(nb, kb)
+        books = F.pad(tensors["codebook"].float().view(nb * kb, -1), (0, (1 << weight.bits) - (1 << grid.bits)))
+        return [words, by_row(number, layer).expand(layer.shape[0], -1).T.contiguous(), books.contiguous()]
+
+    def product(
+        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
+    ) -> Tensor:
+        """See `TritonKernel.product`."""
+        from hf_quant.kernels._gemm.launch import matmul
+
+        return matmul(
+            fake_quantize(x_TK, layer.inputs, tensors),
+            blob,
+            codebook_operand(layer, kind(x_TK.device)),
+            x_TK.dtype,
+            low_rank=low_rank,
+        )
+
+
+@cache
+def table_operand(layer: Layer, target: str) -> Weight:
+    """A weight of table codes as the main loop sees it."""
+    grid, group = layer.weights.grid, layer.weights.block_size(layer.shape)[1]
+    unit = unit_for(target, group, layer.shape[1])
+    assert isinstance(grid, TableGrid)  # noqa: S101  `holds` has checked it
+    if grid != E2M1:
+        return Weight(layer.shape, WIDTHS.get(grid.code_bits, grid.code_bits), group, "levels", unit=unit)
+    return Weight(layer.shape, 4, group, "float4", BYTES.get(layer.weights.scale, "scales"), unit=unit)
+
+
+@cache
+def codebook_operand(layer: Layer, target: str) -> Weight:
+    """A weight of codebooks as the main loop sees it."""
+    grid, group = layer.weights.grid, layer.weights.block_size(layer.shape)[1]
+    unit = unit_for(target, group, layer.shape[1])
+    assert isinstance(grid, CodebookGrid)  # noqa: S101  `holds` has checked it
+    return Weight(layer.shape, WIDTHS.get(grid.bits, grid.bits), group, "codebooks", unit=unit)
