@@ -11,12 +11,30 @@ pass per group of sites, so X~ is that of each sub-module. Experts and
 layers outside every block are refused: a router may send an expert other tokens than in full precision.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq import Gptq
+from hf_quant.plugins.rounding.gptq_core import Term, carry
 from hf_quant.recipe import Recipe
 from hf_quant.spec import int_spec
-from hf_quant.stages.objective import AsymmetricMse
+from hf_quant.stages.objective import AsymmetricMse, Quadratic
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """The part of the inputs' drift that the columns behind can make up for."""
+
+    alpha: float = 0.25
+
+    def terms(self, quadratic: Quadratic, U_KK: Tensor) -> Iterator[Term]:
+        """P, driven by the latent column."""
+        if quadratic.D_KK is not None:
+            yield Term(self.alpha * carry(quadratic.D_KK, U_KK), lambda column: column.latent)
 
 
 @method(
@@ -39,5 +57,5 @@ def gptaq(
         weights=int_spec(bits, group_size, symmetric=symmetric),
         range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
         objective=AsymmetricMse(),
-        solver=Gptq(damp=damp, act_order=act_order, drift=alpha),
+        solver=Gptq(damp=damp, act_order=act_order, corrections=(Drift(alpha),)),
     )

@@ -16,7 +16,9 @@ run time; an input that is zero in all of the calibration gets a zero weight, bu
 rounded to nearest; the damping grows tenfold until the Cholesky factorization succeeds.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +26,20 @@ from torch import Tensor
 from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
-from hf_quant.plugins.rounding.gptq_core import drift_factor, factorize, lazy_blocks, solve_columns
+from hf_quant.plugins.rounding.gptq_core import Term, factorize, lazy_blocks, solve_columns
 from hf_quant.qtensor import QTensor
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
 from hf_quant.stages.objective import LayerMse, Quadratic
 from hf_quant.stages.range import Range
 from hf_quant.stages.solver import Nearest
+
+
+class Correction(Protocol):
+    """What a later paper adds to the loop."""
+
+    def terms(self, quadratic: Quadratic, U_KK: Tensor) -> Iterable[Term]:
+        """Its terms, columns in the order of the loop; none when the objective lacks what it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +49,14 @@ class Gptq:
     Attributes:
         damp: added to the diagonal of H, relative to its mean.
         act_order: take columns by falling `H_ii`; groups keep their own columns and get their ranges beforehand.
-        drift: weight of GPTAQ's correction, used when the objective carries `D_KK`.
+        corrections: what is added to the loop (GPTAQ, ResComp).
+        pull: how far each column goes back to its original before it is rounded (FOEM's beta).
     """
 
     damp: float = 0.01
     act_order: bool = False
-    drift: float = 0.25
+    corrections: tuple[Correction, ...] = ()
+    pull: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
@@ -63,17 +74,14 @@ class Gptq:
             return Nearest().solve(W_NK, spec, fit, None)
         N, K = W_NK.shape
         group = K if spec.block[1] == -1 else min(spec.block[1], K)
-        dead = quadratic.H_KK.diagonal() == 0
-        H = quadratic.H_KK + dead.float().diag()
-        W_NK = W_NK.float().masked_fill(dead, 0)
+        W_NK, quadratic = living(W_NK, quadratic)
+        H = quadratic.H_KK
         order = torch.arange(K, device=H.device)
         if self.act_order:
             order = H.diagonal().argsort(descending=True, stable=True)
-        U = factorize(H[order][:, order], self.damp)
-        P = None
-        if quadratic.D_KK is not None:
-            D = quadratic.D_KK.masked_fill(dead | dead[:, None], 0)
-            P = drift_factor(D[order][:, order], U, self.drift)
+        ordered = _ordered(quadratic, order)
+        U = factorize(ordered.H_KK, self.damp)
+        terms = [t for c in self.corrections for t in c.terms(ordered, U)]
         importance = U.diagonal().square().reciprocal()
 
         scales: list[Tensor] = []
@@ -91,9 +99,23 @@ class Gptq:
                     zeros.append(zero[:, 0].contiguous())
             return scales[groups[i]], zeros[groups[i]] if zeros else None
 
-        codes = solve_columns(W_NK.T[order].contiguous(), U, P, spec.grid, lazy_blocks(K, group), range_of)
+        W_KN, blocks = W_NK.T[order].contiguous(), lazy_blocks(K, group)
+        codes = solve_columns(W_KN, U, spec.grid, blocks, range_of, terms, self.pull)
         codes_NK = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
         return QTensor(codes_NK, torch.stack(scales, 1), torch.stack(zeros, 1) if zeros else None, spec, (N, K))
+
+
+def living(W_NK: Tensor, quadratic: Quadratic) -> tuple[Tensor, Quadratic]:
+    """An input that was always zero gets weights of zero, no drift, and a pivot of one; W becomes float32."""
+    dead, D = quadratic.H_KK.diagonal() == 0, quadratic.D_KK
+    D = None if D is None else D.masked_fill(dead | dead[:, None], 0)
+    return W_NK.float().masked_fill(dead, 0), Quadratic(quadratic.H_KK + dead.float().diag(), D)
+
+
+def _ordered(quadratic: Quadratic, order: Tensor) -> Quadratic:
+    """The objective with its columns in the loop's order."""
+    D = quadratic.D_KK
+    return Quadratic(quadratic.H_KK[order][:, order], None if D is None else D[order][:, order])
 
 
 @method(

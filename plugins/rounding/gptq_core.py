@@ -5,7 +5,8 @@ together. Inside a lazy block of at most `BLOCK` columns each error is spread at
 get all of the block's errors in one matrix product.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,31 @@ from hf_quant.grids import Grid
 
 BLOCK = 128
 RETRIES = 6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Column:
+    """A column the loop has just rounded, `[N]` each.
+
+    Attributes:
+        latent: as it was compensated until it was its turn.
+        clamped: the latent, moved into the representable range.
+        value: what it was rounded to.
+        original: the weights as they were given.
+    """
+
+    latent: Tensor
+    clamped: Tensor
+    value: Tensor
+    original: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """A correction besides GPTQ's own: `W[:, i+1:] += source(column i) (x) factor[i, i+1:]`."""
+
+    factor_KK: Tensor
+    source: Callable[[Column], Tensor]
 
 
 def factorize(H_KK: Tensor, damp: float) -> Tensor:
@@ -40,9 +66,9 @@ def factorize(H_KK: Tensor, damp: float) -> Tensor:
     )
 
 
-def drift_factor(D_KK: Tensor, U_KK: Tensor, alpha: float) -> Tensor:
-    """GPTAQ's `P = alpha * striu(D U^T) U`, strictly upper triangular (arXiv:2504.02692)."""
-    return alpha * ((D_KK @ U_KK.T).triu(1) @ U_KK)
+def carry(M_KK: Tensor, U_KK: Tensor) -> Tensor:
+    """`striu(M U^T) U`, strictly upper triangular: how an error `w_i M` is handed on to the columns behind i."""
+    return (M_KK @ U_KK.T).triu(1) @ U_KK
 
 
 def lazy_blocks(K: int, group: int) -> list[tuple[int, int]]:
@@ -57,29 +83,40 @@ def lazy_blocks(K: int, group: int) -> list[tuple[int, int]]:
 def solve_columns(
     W_KN: Tensor,
     U_KK: Tensor,
-    P_KK: Tensor | None,
     grid: Grid,
     blocks: list[tuple[int, int]],
     range_of: Callable[[int, Tensor], tuple[Tensor, Tensor | None]],
+    terms: Sequence[Term] = (),
+    pull: float = 0.0,
+    original_KN: Tensor | None = None,
 ) -> Tensor:
     """Codes `[K, N]` of the columns taken in order; `W_KN` is overwritten with the compensated weights.
 
-    `q = Q(w_i); e = (w_i - q) / U_ii; W[:, i+1:] -= e (x) U[i, i+1:] - w_i (x) P[i, i+1:]`
+    `q = Q(w_i); e = (w_i - q) / U_ii; W[:, i+1:] -= e (x) U[i, i+1:]`, and what the terms add.
 
     Args:
         U_KK: what spreads an error, see `factorize`.
-        P_KK: what carries the drift of the inputs, see `drift_factor`, or None.
         blocks: see `lazy_blocks`.
         range_of: `(i, W_KN)` -> (scale_N, zero_N or None) of column i, called once a column, in order.
+        terms: corrections besides.
+        pull: FOEM's beta: `w_i -= beta (w_i - w0_i)` before rounding, and as much less error is spread.
+        original_KN: what terms and pull call the original; None: the weights as they come.
     """
-    U, P = U_KK, P_KK
+    U = U_KK
+    original = W_KN.clone() if original_KN is None and (terms or pull) else original_KN
     codes = torch.empty_like(W_KN, dtype=torch.uint8)
     pivots = U.diagonal().reciprocal().tolist()
+    ends = (
+        grid.decode(torch.tensor([0, 2**grid.bits - 1], dtype=torch.uint8, device=U.device)).tolist() if terms else []
+    )
     for start, end in blocks:
         errors = torch.empty_like(W_KN[start:end])
+        sources = [torch.empty_like(errors) for _ in terms]
         for i in range(start, end):
             scale, zero = range_of(i, W_KN)
             w, e = W_KN[i], errors[i - start]
+            if pull and original is not None:
+                w.lerp_(original[i], pull)
             steps = w / scale
             if zero is not None:
                 steps += zero
@@ -87,12 +124,19 @@ def solve_columns(
             value = grid.decode(code)
             if zero is not None:
                 value -= zero
-            torch.addcmul(w, value, scale, value=-1, out=e).mul_(pivots[i])
+            torch.addcmul(w, value, scale, value=-1, out=e)
+            if pull and original is not None:
+                e.add_(w - original[i], alpha=-pull)
+            e.mul_(pivots[i])
             W_KN[i + 1 : end].addr_(U[i, i + 1 : end], e, alpha=-1)
-            if P is not None:
-                W_KN[i + 1 : end].addr_(P[i, i + 1 : end], w)
+            if terms and original is not None:
+                low, high = (scale * (x if zero is None else x - zero) for x in ends)
+                column = Column(w, w.clamp(low, high), value * scale, original[i])
+                for term, kept in zip(terms, sources, strict=True):
+                    kept[i - start] = term.source(column)
+                    W_KN[i + 1 : end].addr_(term.factor_KK[i, i + 1 : end], kept[i - start])
         if end < len(W_KN):
             W_KN[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
-            if P is not None:
-                W_KN[end:].addmm_(P[start:end, end:].T, W_KN[start:end])
+            for term, kept in zip(terms, sources, strict=True):
+                W_KN[end:].addmm_(term.factor_KK[start:end, end:].T, kept)
     return codes

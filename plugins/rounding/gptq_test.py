@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import CalibrationError, ConfigError
+from hf_quant.plugins.rounding.gptaq import Drift
 from hf_quant.plugins.rounding.gptq import Gptq, gptq
 from hf_quant.plugins.rounding.gptq_core import BLOCK, factorize, lazy_blocks
 from hf_quant.qtensor import QTensor
@@ -15,28 +16,13 @@ from hf_quant.spec import Spec, int_spec
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stages.range import AbsMaxRange, Range
 from hf_quant.stages.solver import Nearest
+from hf_quant.testing.layers import correlated_layer, output_error, same
 
 FIT = AbsMaxRange()
 
 
-def layer(N: int, K: int, seed: int = 0, tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, the H of inputs that are strongly correlated and of unequal size, and the H of their drift."""
-    g = torch.Generator().manual_seed(seed)
-    tokens, rank = tokens or 4 * K, -(-K // 4)
-    x = torch.randn(tokens, rank, generator=g) @ torch.randn(rank, K, generator=g) / rank**0.5
-    x = (x + 0.3 * torch.randn(tokens, K, generator=g)) * torch.rand(K, generator=g).add(0.5)
-    d = x @ torch.randn(K, K, generator=g) * 0.05 / K**0.5
-    return torch.randn(N, K, generator=g), 2 / len(x) * x.T @ x, 2 / len(x) * d.T @ x
-
-
 def loss(W: Tensor, q: QTensor, H: Tensor) -> float:
-    E = (W - q.dequantize()).double()
-    return float(((E @ H.double()) * E).sum())
-
-
-def same(a: QTensor, b: QTensor) -> bool:
-    zeros = a.zero is b.zero is None or (a.zero is not None and b.zero is not None and a.zero.equal(b.zero))
-    return a.codes.equal(b.codes) and a.scale.equal(b.scale) and zeros
+    return output_error(W, q, Quadratic(H))
 
 
 SPECS = [int_spec(4, 32), int_spec(3, -1), int_spec(2, 48, symmetric=True), int_spec(3, 200), int_spec(8, 100)]
@@ -45,7 +31,7 @@ SPECS = [int_spec(4, 32), int_spec(3, -1), int_spec(2, 48, symmetric=True), int_
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_white_inputs_give_rounding_to_nearest_exactly(spec: Spec, act_order: bool) -> None:
-    W, _, _ = layer(24, 300)
+    W, _, _ = correlated_layer(24, 300)
     q = Gptq(act_order=act_order).solve(W, spec, FIT, Quadratic(torch.eye(300) * 7.5))
     assert same(q, Nearest().solve(W, spec, FIT, None))
 
@@ -53,7 +39,7 @@ def test_white_inputs_give_rounding_to_nearest_exactly(spec: Spec, act_order: bo
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_error_is_below_rounding_to_nearest(spec: Spec, act_order: bool) -> None:
-    W, H, _ = layer(24, 300, seed=1)
+    W, H, _ = correlated_layer(24, 300, seed=1)
     q = Gptq(act_order=act_order).solve(W, spec, FIT, Quadratic(H))
     assert loss(W, q, H) < 0.9 * loss(W, Nearest().solve(W, spec, FIT, None), H)
 
@@ -63,9 +49,9 @@ def test_error_is_below_rounding_to_nearest(spec: Spec, act_order: bool) -> None
 def test_lazy_blocks_do_what_the_formula_says(group: int, drift: bool) -> None:
     """One column at a time in float64, without blocks, gives the same codes but for ties broken by rounding."""
     N, K, alpha = 16, 300, 0.25
-    W, H, D = layer(N, K, seed=2)
+    W, H, D = correlated_layer(N, K, seed=2)
     spec = int_spec(3, group)
-    q = Gptq(drift=alpha).solve(W, spec, FIT, Quadratic(H, D if drift else None))
+    q = Gptq(corrections=(Drift(alpha),)).solve(W, spec, FIT, Quadratic(H, D if drift else None))
 
     damped = H.double() + 0.01 * H.diagonal().mean() * torch.eye(K)
     U = torch.linalg.cholesky(damped.inverse(), upper=True)
@@ -83,7 +69,7 @@ def test_lazy_blocks_do_what_the_formula_says(group: int, drift: bool) -> None:
 
 def test_act_order_is_undone() -> None:
     """Shuffling the inputs of a layer shuffles its solution and nothing else."""
-    W, H, _ = layer(16, 96, seed=3)
+    W, H, _ = correlated_layer(16, 96, seed=3)
     p = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     for solver in (Gptq(act_order=True), Gptq(act_order=True, damp=0.1)):
         a = solver.solve(W, int_spec(3, -1), FIT, Quadratic(H))
@@ -92,10 +78,10 @@ def test_act_order_is_undone() -> None:
 
 
 def test_no_drift_gives_gptq_bit_for_bit() -> None:
-    W, H, D = layer(16, 300, seed=4)
+    W, H, D = correlated_layer(16, 300, seed=4)
     for order in (False, True):
-        solver = Gptq(act_order=order)
-        plain = solver.solve(W, int_spec(3, 64), FIT, Quadratic(H))
+        solver = Gptq(act_order=order, corrections=(Drift(),))
+        plain = Gptq(act_order=order).solve(W, int_spec(3, 64), FIT, Quadratic(H))
         assert same(plain, solver.solve(W, int_spec(3, 64), FIT, Quadratic(H, torch.zeros_like(D))))
         assert not same(plain, solver.solve(W, int_spec(3, 64), FIT, Quadratic(H, D)))
 
@@ -112,15 +98,15 @@ def test_drift_correction_lowers_the_asymmetric_error() -> None:
     def error(q: QTensor) -> float:
         return float((fp @ W.T - x @ q.dequantize().T).square().sum())
 
-    quarter, full = (Gptq(drift=a).solve(W, int_spec(4, 32), FIT, Quadratic(H, D)) for a in (0.25, 1.0))
+    quarter, full = (Gptq(corrections=(Drift(a),)).solve(W, int_spec(4, 32), FIT, Quadratic(H, D)) for a in (0.25, 1.0))
     assert error(full) < error(quarter) < error(Gptq().solve(W, int_spec(4, 32), FIT, Quadratic(H)))
 
 
 def test_dead_inputs_get_zero_weights_and_harm_nobody() -> None:
-    W, H, D = layer(16, 128, seed=6)
+    W, H, D = correlated_layer(16, 128, seed=6)
     dead = torch.arange(0, 128, 5)
     H[dead], H[:, dead] = 0, 0
-    for solver in (Gptq(), Gptq(act_order=True)):
+    for solver in (Gptq(corrections=(Drift(),)), Gptq(act_order=True, corrections=(Drift(),))):
         for drift in (None, D):
             q = solver.solve(W, int_spec(4, 32), FIT, Quadratic(H, drift)).dequantize()
             assert not q[:, dead].any()
@@ -129,13 +115,13 @@ def test_dead_inputs_get_zero_weights_and_harm_nobody() -> None:
 
 
 def test_a_layer_without_inputs_is_rounded_to_nearest() -> None:
-    W, H, _ = layer(16, 128)
+    W, H, _ = correlated_layer(16, 128)
     spec = int_spec(4, 32)
     assert same(Gptq().solve(W, spec, FIT, Quadratic(H * 0)), Nearest().solve(W, spec, FIT, None))
 
 
 def test_damping_grows_until_the_matrix_can_be_inverted() -> None:
-    W, H, _ = layer(8, 256, seed=7, tokens=16)
+    W, H, _ = correlated_layer(8, 256, seed=7, tokens=16)
     assert torch.linalg.cholesky_ex(H + 1e-9 * H.diagonal().mean() * torch.eye(256))[1] != 0
     q = Gptq(damp=1e-9).solve(W, int_spec(4, 64), FIT, Quadratic(H))
     assert loss(W, q, H) < 0.5 * loss(W, Nearest().solve(W, int_spec(4, 64), FIT, None), H)
