@@ -118,6 +118,25 @@ class CrossGram:
 
 
 @dataclass(frozen=True, slots=True)
+class DriftGram:
+    """`dd = sum (fp - x)^T (fp - x)`: the energy of that difference (CoreQ)."""
+
+    reduce: ClassVar[Mapping[str, Reduction]] = {"dd": "sum"}
+    two_streams: ClassVar[bool] = True
+    tags: ClassVar[tuple[str, ...]] = ()
+
+    def start(self, K: int, device: torch.device) -> State:
+        """Zeros."""
+        return {"dd": torch.zeros(K, K, dtype=torch.float64, device=device)}
+
+    def update(self, state: State, seen: Seen) -> None:
+        """Add `(fp - x)^T (fp - x)`."""
+        assert seen.fp_TK is not None  # noqa: S101  two_streams is True
+        d = seen.fp_TK.float() - seen.x_TK.float()
+        state["dd"] += d.T @ d
+
+
+@dataclass(frozen=True, slots=True)
 class AbsMax:
     """Per-channel `max |x|`."""
 

@@ -3,13 +3,19 @@
 Each model is quantized, saved, loaded back and then measured: what a user gets, not what was in memory. The peers'
 figures were measured before with the same windows (peers.json says how) and are copied, not run, here.
 
-    python fidelity.py MODEL CALIBRATION.npy TEST.npy
+Beside it stands how far the layers are from the Gaussian rate-distortion bound at their true bits, in the metric of
+their inputs on the test windows. Rows measured before, on the same model and tokens, are kept unless they are measured
+again.
+
+    python fidelity.py MODEL CALIBRATION.npy TEST.npy [--methods gptq-refined --group-size 96]
 """
 
 import argparse
 import json
+import math
 import os
 import platform
+import statistics
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -22,9 +28,13 @@ from transformers import AutoModelForCausalLM
 
 import hf_quant
 from hf_quant.evaluate import evaluate
+from hf_quant.rate_distortion import rate_gap
 from hf_quant.reference_logits import store
+from hf_quant.runtime.linear import QuantLinear
+from hf_quant.stats import Gram, Seen, hessian
 
 HERE = Path(__file__).resolve().parent
+METHODS = ["rtn", "awq", "gptq", "gptaq", "foem", "rescomp", "gpfq", "comq", "quantease", "coreq", "gptq-refined"]
 SAME_BITS = 0.06  # true bits a weight by which two checkpoints of one bit width differ in what they store beside codes
 
 
@@ -33,29 +43,85 @@ def main() -> None:
     calibration = torch.from_numpy(np.load(arguments.calibration)[: arguments.rows].astype(np.int64))
     test = spread(np.load(arguments.test), arguments.window, arguments.tokens)
     peers = json.loads((HERE / "peers.json").read_text())["rows"]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-        store(original, test, folder, window=arguments.window, tokens=test.numel(), progress=False)
-        for method in arguments.methods:
-            for bits in arguments.bits:
-                row = measure(arguments, method, bits, calibration, folder, test)
-                peer = best_peer(peers, method, row["bits"])
-                rows.append(row | ({"best_peer": peer, "kl_ratio": round(row["kl"] / peer["kl"], 3)} if peer else {}))
-                print(line(rows[-1]), flush=True)
-    result = {
+    about = {
         "model": Path(arguments.model).name,
         "calibration": {"file": arguments.calibration.name, "shape": list(calibration.shape)},
         "evaluation": {"file": arguments.test.name, "windows": list(test.shape), "logits": "float32"},
+    }
+    rows = rows_before(arguments.out, about)
+    with tempfile.TemporaryDirectory() as folder:
+        original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        store(original, test, folder, window=arguments.window, tokens=test.numel(), progress=False)
+        metrics = input_metrics(original, test)
+        for method in arguments.methods:
+            for bits in arguments.bits:
+                row = measure(arguments, method, bits, calibration, folder, test, original, metrics)
+                peer = best_peer(peers, method, row["bits"])
+                row |= {"best_peer": peer, "kl_ratio": round(row["kl"] / peer["kl"], 3)} if peer else {}
+                rows[method, bits, arguments.group_size] = row
+                print(line(row), flush=True)
+                write(arguments.out, about, rows)
+
+
+def rows_before(out: Path, about: dict) -> dict[tuple[str, int, int], dict]:
+    """Rows of an earlier run on the same model and tokens, by method, width and group size."""
+    before = json.loads(out.read_text()) if out.is_file() else {}
+    same = all(before.get(name) == value for name, value in about.items())
+    return {(row["method"], row["width"], row["group_size"]): row for row in before["rows"]} if same else {}
+
+
+def write(out: Path, about: dict, rows: dict[tuple[str, int, int], dict]) -> None:
+    result = about | {
         "peers": "peers.json",
         "versions": {"hf-quant": hf_quant.__version__, **{n: version(n) for n in ("torch", "transformers")}},
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "date": datetime.now(UTC).date().isoformat(),
-        "rows": rows,
+        "rows": list(rows.values()),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@torch.no_grad()
+def input_metrics(model: torch.nn.Module, test: torch.Tensor) -> dict[str, torch.Tensor]:
+    """H of the inputs of every linear layer of the original model, on the test windows."""
+    states: dict[str, dict] = {}
+
+    def see(name: str, x: torch.Tensor) -> None:
+        state = states.setdefault(name, Gram().start(x.shape[-1], x.device))
+        Gram().update(state, Seen(x.reshape(-1, x.shape[-1])))
+
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n}
+    handles = [m.register_forward_pre_hook(lambda _, args, n=n: see(n, args[0])) for n, m in linears.items()]
+    for batch in test.split(4):
+        model(batch)
+    for handle in handles:
+        handle.remove()
+    return {name: hessian({Gram(): state}) for name, state in states.items()}
+
+
+def distance(original: torch.nn.Module, loaded: torch.nn.Module, metrics: dict, bits: float) -> dict | None:
+    """Errors of the layers against the bound; None for a method that rewrote the weights before it rounded them."""
+    kept = dict(original.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        if "norm" in name and not torch.equal(parameter.float(), kept[name].float()):
+            return None
+    ours, bound = [], []
+    for name, module in loaded.named_modules():
+        if isinstance(module, QuantLinear) and name in metrics:
+            W = kept[name + ".weight"].detach().float()
+            energy = float(((W @ metrics[name]) * W).sum())
+            error, least = rate_gap(W, module.dequantize(torch.float32), metrics[name], bits)
+            ours.append(error / energy)
+            bound.append(least / energy)
+    gaps = [math.log2(a / b) / 2 for a, b in zip(ours, bound, strict=True)]
+    return {
+        "relative_error": round(statistics.geometric_mean(ours), 7),
+        "gaussian_bound": round(statistics.geometric_mean(bound), 7),
+        "white_inputs_bound": round(4**-bits, 7),
+        "gap_bits": round(statistics.fmean(gaps), 4),
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -63,7 +129,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", help="folder of a causal language model")
     parser.add_argument("calibration", type=Path, help=".npy of token ids [n, S]")
     parser.add_argument("test", type=Path, help=".npy of token ids [n]")
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "awq"])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--rows", type=int, default=128, help="calibration rows")
@@ -87,6 +153,8 @@ def measure(
     calibration: torch.Tensor,
     logits: str,
     test: torch.Tensor,
+    original: torch.nn.Module,
+    metrics: dict[str, torch.Tensor],
 ) -> dict:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
     config = hf_quant.QuantConfig(method, bits=bits, group_size=arguments.group_size)
@@ -97,6 +165,7 @@ def measure(
         model.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         measured = evaluate(loaded, logits, test, window=test.shape[1], tokens=test.numel(), progress=False)
+        gap = distance(original, loaded, metrics, measured.bits_per_weight)
     return {
         "method": method,
         "width": bits,
@@ -108,6 +177,7 @@ def measure(
         "perplexity": round(measured.perplexity, 3),
         "reference_perplexity": round(measured.reference_perplexity, 3),
         "seconds": round(seconds, 1),
+        "rate_distortion": gap,
     }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.stages.sampler import Batch, model_inputs_of
-from hf_quant.stats import CrossGram, Gram, Reduction, Seen, Stat, State, Stats, hessian
+from hf_quant.stats import CrossGram, DriftGram, Gram, Reduction, Seen, Stat, State, Stats, hessian
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,12 +17,13 @@ class Quadratic:
 
     `H_KK = (2/N) X X^T`; `D_KK = (2/N) (X~ - X) X^T` when the target is the full-precision output W X~, else None.
     `F_NK`: when each weight has an importance of its own, `sum F E^2` is the error and H the nearest diagonal form of
-    it; else None.
+    it; else None. `DD_KK = (2/N) (X~ - X) (X~ - X)^T` for a solver that weighs how much of the drift it should follow.
     """
 
     H_KK: Tensor
     D_KK: Tensor | None = None
     F_NK: Tensor | None = None
+    DD_KK: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -49,14 +50,32 @@ class LayerMse:
 
 @dataclass(frozen=True, slots=True)
 class AsymmetricMse:
-    """`||W X~ - Q X||^2`: aim at the output that the full-precision path has (GPTAQ)."""
+    """`||W X~ - Q X||^2`: aim at the output that the full-precision path has (GPTAQ).
 
+    Attributes:
+        share: how much of the drift the target follows: 0 none, 1 all of it.
+    """
+
+    share: float = 1.0
     needs: ClassVar[tuple[Stat, ...]] = (Gram(), CrossGram())
 
     def quadratic(self, stats: Stats) -> Quadratic:
         """H and the drift term D."""
         count = stats[Gram()]["count"].clamp_min(1)
-        return Quadratic(hessian(stats), (stats[CrossGram()]["dx"] * (2.0 / count)).float())
+        return Quadratic(hessian(stats), (stats[CrossGram()]["dx"] * (2.0 * self.share / count)).float())
+
+
+@dataclass(frozen=True, slots=True)
+class MismatchMse:
+    """`||W X~ - Q X||^2` for a solver that chooses how much of the drift to follow (CoreQ)."""
+
+    needs: ClassVar[tuple[Stat, ...]] = (Gram(), CrossGram(), DriftGram())
+
+    def quadratic(self, stats: Stats) -> Quadratic:
+        """H, the drift term D and the drift's own energy."""
+        each = 2.0 / stats[Gram()]["count"].clamp_min(1)
+        D, DD = stats[CrossGram()]["dx"] * each, stats[DriftGram()]["dd"] * each
+        return Quadratic(hessian(stats), D.float(), DD_KK=DD.float())
 
 
 class Loss(Protocol):

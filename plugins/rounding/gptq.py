@@ -17,7 +17,7 @@ rounded to nearest; the damping grows tenfold until the Cholesky factorization s
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -109,7 +109,7 @@ def living(W_NK: Tensor, quadratic: Quadratic) -> tuple[Tensor, Quadratic]:
     """An input that was always zero gets weights of zero, no drift, and a pivot of one; W becomes float32."""
     dead, D = quadratic.H_KK.diagonal() == 0, quadratic.D_KK
     D = None if D is None else D.masked_fill(dead | dead[:, None], 0)
-    return W_NK.float().masked_fill(dead, 0), Quadratic(quadratic.H_KK + dead.float().diag(), D)
+    return W_NK.float().masked_fill(dead, 0), replace(quadratic, H_KK=quadratic.H_KK + dead.float().diag(), D_KK=D)
 
 
 def _ordered(quadratic: Quadratic, order: Tensor) -> Quadratic:
