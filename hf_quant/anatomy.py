@@ -18,7 +18,7 @@ from hf_quant.errors import UnsupportedModel
 from hf_quant.groups import find_groups, trace_of
 from hf_quant.pairs import link
 from hf_quant.sites import Site, SiteGroup, linear_shape, walk
-from hf_quant.stages.sampler import Batch
+from hf_quant.stages.sampler import Batch, made_up
 from hf_quant.stages.transform import Anatomy
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
@@ -73,15 +73,7 @@ def probe_of(model: nn.Module, batches: Sequence[Batch]) -> Batch:
         ids = batch.get("input_ids")
         text = ids is not None and all(t.dim() == 2 and t.shape == ids.shape for t in batch.values())
         return {name: tensor[:, :TOKENS] for name, tensor in batch.items()} if text else batch
-    config, generator = getattr(model, "config", None), torch.Generator().manual_seed(0)
-    given = next(model.parameters())
-    main = getattr(model, "main_input_name", None)
-    if main == "input_ids" and getattr(config, "vocab_size", 0):
-        return {main: torch.randint(config.vocab_size, (1, TOKENS), generator=generator)}  # type: ignore[union-attr]
-    if main == "pixel_values" and getattr(config, "image_size", 0):
-        size, channels = config.image_size, getattr(config, "num_channels", 3)  # type: ignore[union-attr]
-        return {main: torch.randn(1, channels, size, size, generator=generator).to(given.dtype)}
-    raise UnsupportedModel(f"{type(model).__name__}: its layers are found by running it; pass calibration data")
+    return made_up(model, 1, TOKENS, 0)
 
 
 @torch.no_grad()

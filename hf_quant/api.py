@@ -99,7 +99,7 @@ def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, An
         "device_bytes": largest,
         "kept": len(plan.kept),
         "formats": sorted({p.format.id for p in plan.sites.values()}),
-        "needs_calibration": any(not p.recipe.data_free for p in plan.sites.values()),
+        "needs_calibration": any(p.recipe.needs_data for p in plan.sites.values()),
     }
 
 

@@ -118,7 +118,7 @@ class PackedFormat(ABC):
 
     def layout(self, layer: Layer) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """`weight_layout`, and for static inputs `input_scale` (and `input_zero_point`): all a layer saves."""
-        return self.weight_layout(layer) | input_layout(layer.inputs)
+        return self.weight_layout(layer) | input_layout(layer.inputs, layer.shape[1])
 
     def linear(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, kernel: str) -> Tensor:
         """`y_TN = q(x) W^T` by the kernel named, or by the "reference". `tensors` holds exactly the layout's names."""

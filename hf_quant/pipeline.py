@@ -27,14 +27,15 @@ from hf_quant.progress import track
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry, Report
 from hf_quant.resources import peak_bytes, versions
-from hf_quant.rewrite import float_weight, fold
+from hf_quant.rewrite import float_weight, fold, producer_rows
 from hf_quant.rotate import rotate_whole
+from hf_quant.rotated_loss import RotatedLoss
 from hf_quant.run_dir import RunDir
 from hf_quant.runtime.apart import put_back_floats, take_apart
-from hf_quant.sites import SiteGroup, covering
+from hf_quant.sites import SiteGroup, covering, linear_shape
 from hf_quant.solve import Solved, Split, solve
 from hf_quant.stages.sampler import Batch
-from hf_quant.stages.transform import Transform, WholeTransform
+from hf_quant.stages.transform import Diagonal, Online, OnlineTransform, PairTransform, Transform, WholeTransform
 from hf_quant.stats import Stat, State
 
 
@@ -51,12 +52,13 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
     with _apart(model):
         plan = make_plan(model, recipe, job)
         batches: list[Batch] = []
-        if not recipe.data_free or any(not p.recipe.data_free for p in plan.sites.values()):
+        if any(not r.data_free for r in (recipe, *(p.recipe for p in plan.sites.values()))):
             batches = recipe.sampler.sample(job.data, job.processor, job.seed, model)
         with RunDir.open(job.run_dir, model, recipe, job, batches) as run_dir:
             whole = [t for t in recipe.transforms if isinstance(t, WholeTransform)]
             for transform in whole:
-                rotate_whole(model, plan.blocks, transform, batches, job.seed)
+                lend = lambda m, body: RotatedLoss(m, body, plan.sites, batches)  # noqa: E731
+                rotate_whole(model, plan.blocks, transform, batches, job.seed, lend)
             if whole:
                 plan = make_plan(model, recipe, job)  # what was tied may no longer be
             entries = _Loop(model, recipe, job, plan, my_share(batches), run_dir).run()
@@ -100,7 +102,7 @@ def describe_batches(batches: Sequence[Batch], job: Job) -> dict[str, Any]:
 
     first = [next(iter(b.values())) for b in batches]
     return {
-        "source": describe(job.data),
+        "source": "made up" if job.data is None else describe(job.data),
         "seed": job.seed,
         "samples": sum(len(x) for x in first),
         "tokens": sum(x.numel() for x in first) if not first[0].is_floating_point() else None,
@@ -170,7 +172,7 @@ class _Loop:
 
     def _excused(self, plan: SitePlan) -> bool:
         """Whether the user allows nearest rounding; a static range of inputs nobody saw cannot be allowed."""
-        static = plan.recipe.inputs is not None and plan.recipe.inputs.range == "static"
+        static = plan.recipe.inputs is not None and plan.recipe.inputs.stored
         return matches(plan.site.name, self.job.allow) and not static
 
     def _block(
@@ -251,32 +253,55 @@ class _Loop:
         self, block: nn.Module, name: str, groups: Sequence[SiteGroup], run: Callable[[nn.Module, int], Tensor]
     ) -> None:
         """Let every transform look at every group with a producer; verify that the block still computes the same."""
-        transforms = [t for t in self.recipe.transforms if isinstance(t, Transform)]
+        transforms = [t for t in self.recipe.transforms if not isinstance(t, WholeTransform)]
         if not transforms or not groups:
             return
         before = run(block, 0)
         groups = link(groups, block, name, lambda b: run(b, 0))
         for transform in transforms:
-            able = [g for g in groups if g.producer is not None]
-            wanted = {_inside(g.sites[0].name, name): transform.needs for g in able}
-            states = reduce_states(collect(block, run, self.batches, wanted, None))
-            for group in able:
-                stats = states.get(_inside(group.sites[0].name, name))
-                if stats is None:
-                    continue
-                plans = [self.plan.sites[s.name] for s in group.sites]
-                Ws = [float_weight(self.model.get_submodule(s.name), s).float() for s in group.sites]
-                rewrite = transform.propose(
-                    Ws, stats, plans[0].recipe.weights, plans[0].recipe.inputs, self.recipe.range
-                )
-                if rewrite is not None:
-                    fold(self.model, group, rewrite)
+            for _ in range(ROUNDS if isinstance(transform, PairTransform) else 1):
+                if not self._transform_once(block, name, groups, run, transform):
+                    break
         drift = float((run(block, 0) - before).float().norm() / before.float().norm().clamp_min(1e-12))
         if drift > TOLERANCE[before.dtype]:
             raise UnsupportedModel(
                 f"the rewrite changed what block {name} computes (relative drift {drift:.2e}): this architecture "
                 "uses a norm's output in a way that cannot be seen; use a method without a transform, such as gptq"
             )
+
+    def _transform_once(
+        self,
+        block: nn.Module,
+        name: str,
+        groups: Sequence[SiteGroup],
+        run: Callable[[nn.Module, int], Tensor],
+        transform: Transform | PairTransform | OnlineTransform,
+    ) -> bool:
+        """Offer every group that it can rewrite to a transform; whether it rewrote one."""
+        able = [g for g in groups if isinstance(transform, OnlineTransform) or g.producer is not None]
+        if isinstance(transform, PairTransform):
+            able = [g for g in able if linear_shape(self.model.get_submodule(str(g.producer))) is not None]
+        wanted = {_inside(g.sites[0].name, name): transform.needs for g in able}
+        states = reduce_states(collect(block, run, self.batches, wanted, None)) if transform.needs else {}
+        rewrote = False
+        for group in able:
+            stats = states.get(_inside(group.sites[0].name, name), None if transform.needs else {})
+            if stats is None:
+                continue
+            recipe = self.plan.sites[group.sites[0].name].recipe
+            Ws = [float_weight(self.model.get_submodule(s.name), s).float() for s in group.sites]
+            rewrite: Diagonal | Online | None
+            if isinstance(transform, PairTransform):
+                rows = producer_rows(self.model, group)
+                rewrite = transform.pair(rows, Ws, stats, recipe.weights, recipe.inputs, self.recipe.range)
+            elif isinstance(transform, OnlineTransform):
+                rewrite = transform.online(Ws, stats, recipe.weights, recipe.inputs, self.recipe.range)
+            else:
+                rewrite = transform.propose(Ws, stats, recipe.weights, recipe.inputs, self.recipe.range)
+            if rewrite is not None:
+                fold(self.model, group, rewrite)
+                rewrote = True
+        return rewrote
 
     def _site(self, plan: SitePlan, stats: dict[Stat, State] | None, split: Split | None = None) -> Entry:
         site, stats = plan.site, self._with_gradients([plan], stats)
@@ -338,6 +363,7 @@ class _Loop:
         return track(blocks, description="quantizing", total=len(blocks), enabled=self.job.progress)
 
 
+ROUNDS = 50  # of a transform of pairs: chains of layers settle in a few
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 
 

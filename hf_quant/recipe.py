@@ -16,12 +16,12 @@ from hf_quant.stages.grid import GridChoice
 from hf_quant.stages.objective import Objective
 from hf_quant.stages.range import AbsMaxRange, Extremes, InputRange, Range
 from hf_quant.stages.repair import Repair
-from hf_quant.stages.sampler import Sampler, TextSampler
+from hf_quant.stages.sampler import MadeUp, Sampler, TextSampler
 from hf_quant.stages.serving import Serving
 from hf_quant.stages.solver import Nearest, Solver
 from hf_quant.stages.splitter import Splitter
 from hf_quant.stages.trainer import Trainer
-from hf_quant.stages.transform import Transform, WholeTransform
+from hf_quant.stages.transform import OnlineTransform, PairTransform, Transform, WholeTransform
 from hf_quant.stages.traversal import Sequential, Traversal
 from hf_quant.stages.tuner import BlockUnits, Tuner, Units
 from hf_quant.stats import Stat
@@ -83,7 +83,7 @@ class Recipe(HfQuantizer):
     cache: Spec | None = None
     format: str | None = None  # a format id; None: the plan takes the first that holds the layer
     sampler: Sampler = TextSampler()
-    transforms: tuple[Transform | WholeTransform, ...] = ()  # whole ones first
+    transforms: tuple[Transform | PairTransform | OnlineTransform | WholeTransform, ...] = ()  # whole ones first
     splitter: Splitter | None = None
     grids: GridChoice | None = None
     range: Range = AbsMaxRange()
@@ -101,7 +101,7 @@ class Recipe(HfQuantizer):
     @property
     def transform_needs(self) -> tuple[Stat, ...]:
         """Statistics the transforms read, of the input before any rewrite."""
-        return tuple(dict.fromkeys(s for t in self.transforms if isinstance(t, Transform) for s in t.needs))
+        return tuple(dict.fromkeys(s for t in self.transforms if not isinstance(t, WholeTransform) for s in t.needs))
 
     @property
     def needs(self) -> tuple[Stat, ...]:
@@ -110,16 +110,21 @@ class Recipe(HfQuantizer):
         wanted += self.splitter.needs if self.splitter else ()
         wanted += self.grids.needs if self.grids else ()
         wanted += [s for r in self.repairs for s in r.needs]
-        if self.inputs is not None and self.inputs.range == "static":
+        if self.inputs is not None and self.inputs.stored:
             wanted += self.input_range.needs(self.inputs)
         return tuple(dict.fromkeys(wanted))
 
     @property
     def data_free(self) -> bool:
-        """True when nothing about activations is needed, so there need be no data."""
-        learns = any(t.learns for t in self.transforms if isinstance(t, WholeTransform))
+        """True when no layer's input need be seen, so that nothing is sampled."""
+        runs = any(t.learns if isinstance(t, WholeTransform) else True for t in self.transforms)
         others = self.trainer or self.tuner or self.allocator or self.serving
-        return not (self.needs or self.transform_needs or learns or others)
+        return not (self.needs or runs or others)
+
+    @property
+    def needs_data(self) -> bool:
+        """True when the user must give data."""
+        return not self.data_free and not isinstance(self.sampler, MadeUp)
 
     def quantize(self, model: nn.Module, job: Job) -> "Report":
         """Run the loop."""

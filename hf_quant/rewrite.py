@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.errors import UnsupportedModel
+from hf_quant.runtime.rotating import shift_input
 from hf_quant.sites import Site, SiteGroup
-from hf_quant.stages.transform import Diagonal
+from hf_quant.stages.transform import Diagonal, Online
 
 Map = Callable[[Tensor], Tensor]  # in float64
 
@@ -23,12 +24,18 @@ def float_weight(module: nn.Module, site: Site) -> Tensor:
 
 
 @torch.no_grad()
-def fold(model: nn.Module, group: SiteGroup, rewrite: Diagonal) -> None:
+def fold(model: nn.Module, group: SiteGroup, rewrite: Diagonal | Online) -> None:
     """Apply a rewrite in place: the producer's output channels divided by s, the readers' input channels times s.
+
+    What is done while the model runs is hooked to the readers until quantized layers do it.
 
     Raises:
         UnsupportedModel: the producer or a reader cannot take its part.
     """
+    if isinstance(rewrite, Online):
+        for site in group.sites:
+            shift_input(model.get_submodule(site.name), rewrite.shift_K)
+        return
     assert group.producer is not None  # noqa: S101  asked for only where there is one
     producer = model.get_submodule(group.producer)
     readers = [model.get_submodule(site.name) for site in group.sites]
@@ -42,6 +49,12 @@ def fold(model: nn.Module, group: SiteGroup, rewrite: Diagonal) -> None:
     s_K = _of_reader(s_C, group)
     for reader in readers:
         map_inputs(reader, lambda W: W * s_K)
+
+
+def producer_rows(model: nn.Module, group: SiteGroup) -> Tensor:
+    """The producer's weight in float32, a row for each input channel of the group."""
+    weight = weight_of(model.get_submodule(str(group.producer))).float().flatten(1)
+    return weight if group.channels is None else weight[group.channels.to(weight.device)]
 
 
 def _of_producer(values_K: Tensor, group: SiteGroup) -> Tensor:

@@ -1,6 +1,6 @@
 """Rotate: apply `Rotations` to the weights of a model, in place, once they were rehearsed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,22 +13,37 @@ from hf_quant.rewrite import fold_norm, map_inputs, map_outputs
 from hf_quant.runtime.rotating import rotate_input
 from hf_quant.sites import SiteGroup
 from hf_quant.stages.sampler import Batch
-from hf_quant.stages.transform import Rotations, WholeTransform
+from hf_quant.stages.transform import Loss, Rotations, WholeTransform
+
+MakeLoss = Callable[[nn.Module, Body], Loss]
 
 
 def rotate_whole(
-    model: nn.Module, blocks: Sequence[str], transform: WholeTransform, batches: Sequence[Batch], seed: int
+    model: nn.Module,
+    blocks: Sequence[str],
+    transform: WholeTransform,
+    batches: Sequence[Batch],
+    seed: int,
+    make_loss: MakeLoss | None = None,
 ) -> None:
     """Let a transform look at the model, and apply what it proposes.
+
+    Args:
+        model: rotated in place.
+        blocks: its blocks.
+        transform: what proposes.
+        batches: to look at the model with; none are needed where inputs can be made up.
+        seed: of what is drawn at random.
+        make_loss: makes what a transform that learns is lent.
 
     Raises:
         UnsupportedModel: the architecture does not allow it; no weight was touched.
     """
     probe = probe_of(model, batches)
     body = examine(model, blocks, probe)
-    if transform.learns:
-        raise UnsupportedModel("learned rotations are not run yet")
-    rotations = transform.rotate(body.anatomy(), lambda *_: torch.zeros(()), seed)
+    untieable(model)
+    loss: Loss = _no_loss if make_loss is None or not transform.learns else make_loss(model, body)
+    rotations = transform.rotate(body.anatomy(), loss, seed)
     allowed = {g.sites[0].name for g in body.values}, {g.sites[0].name for g in body.inner}
     for name in (*(set(rotations.heads) - allowed[0]), *(set(rotations.online) - allowed[1])):
         raise UnsupportedModel(
@@ -38,6 +53,10 @@ def rotate_whole(
     if rotations.residual is not None:
         rehearse(model, body, rotations.residual, probe)
     apply(model, body, rotations)
+
+
+def _no_loss(rotations: Rotations, step: int) -> Tensor:
+    raise UnsupportedModel("a loss is lent only to transforms that say they learn")
 
 
 @torch.no_grad()
@@ -84,14 +103,21 @@ def rotate_bias(norm: nn.Module, R: Tensor) -> None:
 
 def rotate_heads(model: nn.Module, group: SiteGroup, R: Tensor) -> None:
     """`v -> v R` in every head, and the readers of the values back; heads that share values share R."""
-    assert group.producer is not None and group.channels is not None  # noqa: S101, PT018  `examine` has seen to it
-    d, C = group.head, int(group.channels.max()) + 1
-    R_HDD = R.double().expand(C // d, d, d) if R.dim() == 2 else R.double()
-    of_reader = R_HDD[group.channels.to(R.device).view(-1, d)[:, 0] // d]
+    assert group.producer is not None  # noqa: S101  `examine` has seen to it
+    d = group.head
+    R_HDD, of_reader = heads_of(group, R.double())
     map_outputs(model.get_submodule(group.producer), lambda W_NK: (R_HDD.mT @ W_NK.unflatten(0, (-1, d))).flatten(0, 1))
     for site in group.sites:
         rotated = lambda W: torch.einsum("nhd,hde->nhe", W.unflatten(-1, (-1, d)), of_reader).flatten(1)  # noqa: E731
         map_inputs(model.get_submodule(site.name), rotated)
+
+
+def heads_of(group: SiteGroup, R: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotation of every head of the producer, and of every head of the reader, `[heads, d, d]` each."""
+    assert group.channels is not None  # noqa: S101  `examine` has seen to it
+    d, channels = group.head, group.channels.to(R.device)
+    R_HDD = R.expand((int(channels.max()) + 1) // d, d, d) if R.dim() == 2 else R
+    return R_HDD, R_HDD[channels.view(-1, d)[:, 0] // d]
 
 
 def untie(model: nn.Module) -> None:
@@ -100,16 +126,9 @@ def untie(model: nn.Module) -> None:
     Raises:
         UnsupportedModel: the model has no switch to load it untied with.
     """
-    tied = ties(model)
+    tied, configs = ties(model), untieable(model)
     if not tied:
         return
-    parts: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    configs = [c for c in {id(c): c for c in parts}.values() if getattr(c, "tie_word_embeddings", False)]
-    if not configs:
-        raise UnsupportedModel(
-            f"{', '.join(tied)} of {type(model).__name__} is tied to an embedding whatever its config says, and a "
-            "rotation needs two matrices; use a method without rotations, such as smoothquant or gptq"
-        )
     for name in tied:
         module = model.get_submodule(name)
         assert isinstance(module.weight, Tensor)  # noqa: S101
@@ -118,3 +137,20 @@ def untie(model: nn.Module) -> None:
         config.tie_word_embeddings = False
     left = {k: v for k, v in getattr(model, "all_tied_weights_keys", {}).items() if k.rpartition(".")[0] not in tied}
     model.all_tied_weights_keys = left  # type: ignore[assignment]  # a plain attribute of PreTrainedModel
+
+
+def untieable(model: nn.Module) -> list[Any]:
+    """The configs that say that an embedding is tied.
+
+    Raises:
+        UnsupportedModel: one is, and no config says so: it could not be loaded untied.
+    """
+    tied = ties(model)
+    parts: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = [c for c in {id(c): c for c in parts}.values() if getattr(c, "tie_word_embeddings", False)]
+    if tied and not configs:
+        raise UnsupportedModel(
+            f"{', '.join(tied)} of {type(model).__name__} is tied to an embedding whatever its config says, and a "
+            "rotation needs two matrices; use a method without rotations, such as smoothquant or gptq"
+        )
+    return configs

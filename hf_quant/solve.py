@@ -12,7 +12,7 @@ from hf_quant.plan import SitePlan
 from hf_quant.qtensor import QTensor, row_slices, with_outer, without_outer
 from hf_quant.report import Entry
 from hf_quant.rotation import Rotation
-from hf_quant.runtime.branches import Branch
+from hf_quant.runtime.branches import Branch, Constant
 from hf_quant.spec import Spec
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stats import Stats
@@ -68,7 +68,7 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
     for repair in recipe.repairs:
         branches += repair.repair(rest.float(), q, stats or {})
     input_range = None
-    if inputs is not None and inputs.range == "static" and stats:
+    if inputs is not None and inputs.stored and stats:
         input_range = recipe.input_range.fit_inputs(stats, inputs)
     of_output = stats and quadratic is not None and quadratic.F_NK is None
     error = relative_error(W_NK, q, branches, quadratic if of_output else None)
@@ -107,7 +107,8 @@ def relative_error(W_NK: Tensor, q: QTensor, branches: tuple[Branch, ...], quadr
         W = W_NK[rows].float()
         E = W - part.dequantize()
         for branch in branches:
-            E = E - branch.matrix(rows)
+            if not isinstance(branch, Constant):
+                E = E - branch.matrix(rows)
         above += _size(E, quadratic)
         below += _size(W, quadratic)
     return above / below if below > 0 else 0.0

@@ -1,6 +1,6 @@
 """Spec: how ONE tensor is quantized. A value, with JSON both ways."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from hf_quant.errors import ConfigError
@@ -28,6 +28,8 @@ class Spec:
         range: static (stored) or dynamic (computed from the tensor at run time).
         tensor_scale: one more float32 scale, for the whole tensor (NVFP4), so that the others fit their grid.
         rotation: values are those of the rotated rows of a weight (HIGGS): reading it rotates back.
+        power: of a dynamic token's largest magnitude in its scale. Below 1, every column has a stored scale besides:
+            `scale_tk = max_k |x_tk|^power column_k / top`.
     """
 
     grid: Grid
@@ -39,6 +41,7 @@ class Spec:
     range: When = "static"
     tensor_scale: bool = False
     rotation: Rotation | None = None
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))  # JSON hands us a list
@@ -51,6 +54,8 @@ class Spec:
         ):
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r}: one of {list(allowed)}")
+        if not 0 <= self.power <= 1 or (self.power != 1 and (self.range, self.zero) != ("dynamic", "none")):
+            raise ConfigError(f"power={self.power!r}: from 0 to 1, below 1 only for symmetric dynamic activations")
         if not isinstance(self.entries, int) or self.entries < 1:
             raise ConfigError(f"entries={self.entries!r}: a table has at least one row")
         if self.entries > 1 and (self.index in ("none", "token") or self.range == "dynamic"):
@@ -73,10 +78,16 @@ class Spec:
         rows, columns = (max(1, size if b == -1 else min(b, size)) for b, size in zip(self.block, shape, strict=True))
         return rows, columns
 
+    @property
+    def stored(self) -> bool:
+        """Whether an activation of this spec needs something of calibration: its range, or its columns' scales."""
+        return self.range == "static" or self.power != 1
+
     def to_json(self) -> dict[str, Any]:
         """JSON-safe dict; `from_json` is its inverse. What most specs do not have is left out when they have not."""
         rare: dict[str, Any] = {"tensor_scale": True} if self.tensor_scale else {}
         rare |= {"rotation": self.rotation.to_json()} if self.rotation else {}
+        rare |= {"power": self.power} if self.power != 1 else {}
         return {
             "grid": grid_to_json(self.grid),
             "block": list(self.block),
@@ -91,7 +102,8 @@ class Spec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Spec":
         """Inverse of `to_json`; an unknown field is a `ConfigError`."""
-        known, rare = {"grid", "block", "index", "entries", "scale", "zero", "range"}, {"tensor_scale", "rotation"}
+        known = {"grid", "block", "index", "entries", "scale", "zero", "range"}
+        rare = {"tensor_scale", "rotation", "power"}
         if not isinstance(data, dict) or set(data) - rare != known:
             raise ConfigError(f"a spec has exactly the fields {sorted(known)}, got {data!r}")
         fields = {**data, "grid": grid_from_json(data["grid"]), "scale": grid_from_json(data["scale"])}
@@ -127,3 +139,8 @@ def act_spec(bits: int = 8, *, static: bool = False, symmetric: bool = True) -> 
         zero="none" if symmetric else "int",
         range="static" if static else "dynamic",
     )
+
+
+def cross_spec(bits: int = 8, power: float = 0.15) -> Spec:
+    """Integer activations whose scale depends on the token, to this power, and on the column."""
+    return replace(act_spec(bits), power=power)

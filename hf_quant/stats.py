@@ -192,6 +192,41 @@ class Moments:
         state["count"] += x.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Per-channel sum of x and the token count: what a layer's bias has to make up for."""
+
+    reduce: ClassVar[Mapping[str, Reduction]] = {"sum": "sum", "count": "sum"}
+    two_streams: ClassVar[bool] = False
+    tags: ClassVar[tuple[str, ...]] = ()
+
+    def start(self, K: int, device: torch.device) -> State:
+        """Zeros."""
+        zeros = torch.zeros(K, dtype=torch.float64, device=device)
+        return {"sum": zeros, "count": zeros.new_zeros(())}
+
+    def update(self, state: State, seen: Seen) -> None:
+        """Add the micro-batch."""
+        state["sum"] += seen.x_TK.float().sum(0)
+        state["count"] += seen.x_TK.shape[0]
+
+    def value(self, state: State) -> Tensor:
+        """`E[x]`, float32 `[K]`."""
+        return (state["sum"] / state["count"].clamp_min(1)).float()
+
+
+@dataclass(frozen=True, slots=True)
+class Drift(Mean):
+    """The same of `fp - x`: how far the quantized path has moved a layer's input, on average."""
+
+    two_streams: ClassVar[bool] = True
+
+    def update(self, state: State, seen: Seen) -> None:
+        """Add the micro-batch."""
+        assert seen.fp_TK is not None  # noqa: S101  two_streams is True
+        Mean.update(self, state, replace(seen, x_TK=seen.fp_TK.float() - seen.x_TK.float()))
+
+
 EMPTY = torch.iinfo(torch.int64).max  # the key of a row that was never filled
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.grids import IntGrid, MiniFloatGrid
-from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest
+from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest, round_scale
 from hf_quant.spec import Spec
 
 
@@ -24,21 +24,24 @@ def refuses(spec: Spec | None) -> str | None:
         return f"inputs indexed by {spec.index} need a table of scales"
     if spec.range == "static" and spec.block != (-1, -1):
         return f"static inputs have one scale for the whole tensor, not blocks of {spec.block}"
+    if spec.power != 1 and (spec.block[1] != -1 or not isinstance(spec.grid, IntGrid)):
+        return f"inputs with scales for columns are integers with one for each token, not {spec}"
     if spec.range == "dynamic" and spec.block[0] != 1:
         return f"dynamic inputs need their own scale for each token, not blocks of {spec.block}"
     return None
 
 
-def input_layout(spec: Spec | None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name -> (shape, dtype) of the tensors a layer keeps for its inputs: none unless the range is static."""
-    if spec is None or spec.range == "dynamic":
+def input_layout(spec: Spec | None, K: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of what a layer keeps for its K inputs: a static scale, or that of every column."""
+    if spec is None or not spec.stored:
         return {}
-    scale: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"input_scale": ((spec.entries,), torch.float32)}
+    size = spec.entries if spec.range == "static" else K
+    scale: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"input_scale": ((size,), torch.float32)}
     return scale | ({"input_zero_point": ((spec.entries,), torch.int32)} if spec.zero == "int" else {})
 
 
 def pack_input(scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
-    """A fitted static range (`[entries, 1]` scales, and zeros on the grid or None) -> the tensors of `input_layout`."""
+    """What was fitted (`[entries, 1]` scales, or `[1, K]`, and zeros or None) -> the tensors of `input_layout`."""
     tensors = {"input_scale": scale.detach().reshape(-1).float()}
     return tensors if zero is None else tensors | {"input_zero_point": zero.detach().reshape(-1).int()}
 
@@ -55,7 +58,16 @@ def check_input(spec: Spec | None, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def quantize_input(x_TK: Tensor, spec: Spec, tensors: Mapping[str, Tensor]) -> QTensor:
-    """Codes of the tokens: each token has its own scale (dynamic), or all share `input_scale` (static)."""
+    """Codes of the tokens: each token has its own scale (dynamic), or all share `input_scale` (static).
+
+    With `spec.power` below 1 they are codes of `x / input_scale`: what a token is worth still has the columns' scales
+    to come.
+    """
+    if spec.power != 1:
+        assert isinstance(spec.grid, IntGrid)  # noqa: S101  `refuses` has checked it
+        peak_T1 = x_TK.float().abs().amax(1, keepdim=True) if x_TK.shape[1] else x_TK.new_zeros(len(x_TK), 1).float()
+        scale = round_scale(peak_T1.pow(spec.power) / spec.grid.high, spec)
+        return nearest(x_TK.float() / tensors["input_scale"].float(), scale, None, spec)
     if spec.range == "static":
         scale, zero = tensors["input_scale"].float().reshape(1, 1), None
         if spec.zero == "int":
@@ -68,4 +80,7 @@ def quantize_input(x_TK: Tensor, spec: Spec, tensors: Mapping[str, Tensor]) -> Q
 
 def fake_quantize(x_TK: Tensor, spec: Spec | None, tensors: Mapping[str, Tensor]) -> Tensor:
     """`x_TK` rounded onto its grid, in x's type; unchanged when `spec` is None."""
-    return x_TK if spec is None else quantize_input(x_TK, spec, tensors).dequantize(x_TK.dtype)
+    if spec is None:
+        return x_TK
+    q = quantize_input(x_TK, spec, tensors)
+    return q.dequantize(x_TK.dtype) if spec.power == 1 else (q.dequantize() * tensors["input_scale"]).to(x_TK.dtype)

@@ -63,7 +63,19 @@ class Sparse:
         return S_NK.index_put_((n, k), self.values.float(), accumulate=True)[rows]
 
 
-Branch = LowRank | Sparse
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant:
+    """`y += b_N`: a bias of the method's own, beside the layer's."""
+
+    b_N: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored."""
+        return (self.b_N,)
+
+
+Branch = LowRank | Sparse | Constant
 
 
 def merged(branches: Sequence[Branch]) -> tuple[LowRank | None, Sparse | None]:

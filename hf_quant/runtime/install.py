@@ -13,7 +13,7 @@ from hf_quant.runtime.branches import Branch
 from hf_quant.runtime.embedding import QuantEmbedding, tied_embedding, tied_head
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import Packed
-from hf_quant.runtime.rotating import rotation_of
+from hf_quant.runtime.rotating import rotation_of, shift_of
 from hf_quant.sites import linear_shape
 from hf_quant.spec import Spec
 
@@ -54,6 +54,7 @@ def install_linear(
         pre_scale=pre_scale,
         branches=branches,
         rotation=rotation_of(module),
+        shift=shift_of(module),
         dtype=dtype or weight.dtype,
     )
     layer.train(module.training)
@@ -117,7 +118,8 @@ def _plain(module: Packed, weight: nn.Parameter) -> nn.Module:
     if isinstance(module, QuantEmbedding):
         return module.plain(weight)
     assert isinstance(module, QuantLinear)  # noqa: S101  the two kinds of packed modules
-    bias = None if module.bias is None else nn.Parameter(module.bias.detach().to(weight.dtype), requires_grad=False)
+    total = module.plain_bias()
+    bias = None if total is None else nn.Parameter(total.detach().to(weight.dtype), requires_grad=False)
     n, k = module.matrix_shape
     if module.kind == "conv1d":
         from transformers.pytorch_utils import Conv1D

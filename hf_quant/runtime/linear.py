@@ -14,27 +14,40 @@ from hf_quant.hadamard import Hadamard
 from hf_quant.operators import need_operator
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import pack_input
-from hf_quant.runtime.branches import Branch, Sparse, check_sparse, column_type, merged, sparse_linear
+from hf_quant.runtime.branches import Branch, Constant, Sparse, check_sparse, column_type, merged, sparse_linear
 from hf_quant.runtime.layouts import expect
 from hf_quant.runtime.packed import Packed, frozen, local
 from hf_quant.sites import Kind
 from hf_quant.spec import Spec
 
 SPARSE = ("sparse_starts", "sparse_columns", "sparse_values")
-FIELDS = {"format", "weights", "inputs", "rank", "pre_scale", "sparse", "rotation"}  # of a description
+FIELDS = {
+    "format",
+    "weights",
+    "inputs",
+    "rank",
+    "pre_scale",
+    "sparse",
+    "rotation",
+    "shift",
+    "offset",
+}  # of a description
 
 
 class QuantLinear(Packed, nn.Linear):
-    """`y = q(z) Q^T + (z down^T) up^T + z S^T + b` with `z = (s x) R`, and Q packed `[N, K]`.
+    """`y = q(z + t) Q^T + (z down^T) up^T + z S^T + o + b` with `z = (s x) R`, and Q packed `[N, K]`.
 
-    `s` (`pre_scale` `[K]`), the rotation R, the low-rank branch (`lr_down` `[R, K]`, `lr_up` `[N, R]`), the sparse one
-    (`sparse_*`, the tensors of `branches.Sparse`) and `b` are there only when needed. A static input range lies beside
+    `s` (`pre_scale` `[K]`), the rotation R, `t` (`shift` `[K]`), the low-rank branch (`lr_down` `[R, K]`, `lr_up`
+    `[N, R]`), the sparse one (`sparse_*`, the tensors of `branches.Sparse`), `o` (`offset` `[N]`, which takes `Q t` out
+    again) and `b` are there only when needed. A static input range lies beside
     the codes as `input_scale` (and `input_zero_point`). The logical weight is `(Q + up down + S) R^T diag(s)`.
     """
 
     kind: Kind
     rotation: Hadamard | None
     pre_scale: nn.Parameter | None
+    shift: nn.Parameter | None
+    offset: nn.Parameter | None
     lr_down: nn.Parameter | None
     lr_up: nn.Parameter | None
     sparse_starts: nn.Parameter | None
@@ -55,6 +68,8 @@ class QuantLinear(Packed, nn.Linear):
         lr_up: Tensor | None = None,
         sparse: Sparse | None = None,
         rotation: Hadamard | None = None,
+        shift: Tensor | None = None,
+        offset: Tensor | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.out_features, self.in_features = layer.shape
@@ -64,7 +79,8 @@ class QuantLinear(Packed, nn.Linear):
         self._hold(fmt, layer, tensors, dtype)
         for name, part in zip(SPARSE, (None,) * 3 if sparse is None else sparse.tensors, strict=True):
             self.register_parameter(name, None if part is None else frozen(part))
-        for name, tensor in (("pre_scale", pre_scale), ("lr_down", lr_down), ("lr_up", lr_up), ("bias", bias)):
+        extras = {"pre_scale": pre_scale, "shift": shift, "lr_down": lr_down, "lr_up": lr_up, "offset": offset}
+        for name, tensor in {**extras, "bias": bias}.items():
             self.register_parameter(name, None if tensor is None else frozen(tensor))
 
     @classmethod
@@ -80,6 +96,7 @@ class QuantLinear(Packed, nn.Linear):
         pre_scale: Tensor | None = None,
         branches: Sequence[Branch] = (),
         rotation: Hadamard | None = None,
+        shift: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "QuantLinear":
         """A ready layer from what a solver returned.
@@ -92,8 +109,9 @@ class QuantLinear(Packed, nn.Linear):
             inputs: how activations are quantized, or None.
             input_range: (scale, zero) of a static `inputs`, as `qtensor.from_extremes` gives them.
             pre_scale: `[K]`, multiplied into the input at run time (a smoothing that could not be folded away).
-            branches: low-rank and sparse terms; several of a kind become one.
+            branches: low-rank and sparse terms, and constants; several of a kind become one.
             rotation: of the input, while the model runs; `q` and the branches are those of the rotated weight `W R`.
+            shift: `[K]`, added to the (rotated) input before it is rounded; what it does to the output is taken out.
             dtype: compute dtype.
         """
         layer = Layer(q.shape, q.spec, inputs)
@@ -102,6 +120,11 @@ class QuantLinear(Packed, nn.Linear):
         down, up = (None, None) if low is None else (low.down_RK.to(dtype), low.up_NR.to(dtype))
         sparse = None if sparse is None else replace(sparse, values=sparse.values.to(dtype))
         scale = None if pre_scale is None else pre_scale.to(dtype)
+        constants = [b.b_N.float() for b in branches if isinstance(b, Constant)]
+        if shift is not None:
+            shift = shift.to(dtype)
+            constants.append(-(q.dequantize() @ shift.float()))
+        offset = torch.stack(constants).sum(0).to(dtype) if constants else None
         module = cls(
             fmt,
             layer,
@@ -114,6 +137,8 @@ class QuantLinear(Packed, nn.Linear):
             lr_up=up,
             sparse=sparse,
             rotation=rotation,
+            shift=shift,
+            offset=offset,
         )
         module.prepare()
         return module
@@ -129,6 +154,8 @@ class QuantLinear(Packed, nn.Linear):
             "pre_scale": self.pre_scale is not None,
             **({} if self.sparse_columns is None else {"sparse": len(self.sparse_columns)}),
             **({} if self.rotation is None else {"rotation": self.rotation.to_json()}),
+            **({} if self.shift is None else {"shift": True}),
+            **({} if self.offset is None else {"offset": True}),
         }
 
     @classmethod
@@ -172,6 +199,8 @@ class QuantLinear(Packed, nn.Linear):
             lr_up=empty(n, rank) if rank else None,
             sparse=Sparse(*indices, empty(entries), k) if entries else None,
             rotation=rotation,
+            shift=empty(k) if data.get("shift") else None,
+            offset=empty(n) if data.get("offset") else None,
         )
 
     def check_branches(self) -> str | None:
@@ -239,6 +268,24 @@ class QuantLinear(Packed, nn.Linear):
         rotated: Tensor = torch.ops.hf_quant.hadamard(x, self.rotation.size, self.rotation.seed, inverse)
         return rotated
 
+    def plain_bias(self) -> Tensor | None:
+        """The bias of a dense layer with the logical weight: `b + o + Q t`, float32; None when there is nothing."""
+        total = torch.zeros(self.out_features, device=local(self.qweight).device)
+        if self.shift is not None:
+            total = total + Packed.dequantize(self, torch.float32) @ self.shift.float()
+        for part in (self.offset, self.bias):
+            total = total if part is None else total + part.float()
+        return None if self.bias is None and self.offset is None else total
+
+    @torch.no_grad()
+    def requantize_(self, W_NK: Tensor) -> None:
+        """See `Packed.requantize_`; what the shift does is taken out of the new codes' output as well."""
+        before = None if self.shift is None else Packed.dequantize(self, torch.float32) @ self.shift.float()
+        super().requantize_(W_NK)
+        if self.shift is not None and self.offset is not None and before is not None:
+            after = Packed.dequantize(self, torch.float32) @ self.shift.float()
+            self.offset.copy_(self.offset.float() + before - after)
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K] -> [..., N]` in the type of x (of autocast, where it is on)."""
         if torch.is_autocast_enabled(x.device.type):
@@ -251,8 +298,9 @@ class QuantLinear(Packed, nn.Linear):
         if self._blob is None and not torch.compiler.is_compiling():
             self.lay_out()
         blob = self._blob if ready else None
+        z = x if self.shift is None else x + self.shift.to(x.dtype)
         y = self.format.linear(
-            x.reshape(-1, x.shape[-1]),
+            z.reshape(-1, x.shape[-1]),
             tensors,
             blob or [],
             self.local_layer(),
@@ -263,6 +311,8 @@ class QuantLinear(Packed, nn.Linear):
             y = y + F.linear(F.linear(x, self.lr_down.to(x.dtype)), self.lr_up.to(x.dtype))
         if (sparse := self.sparse) is not None:
             y = y + sparse_linear(x.reshape(-1, x.shape[-1]), *sparse.tensors).reshape(y.shape)
+        if self.offset is not None:
+            y = y + self.offset.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Rotating: a float layer whose input is rotated while the model runs, until a quantized layer takes its place."""
+"""Rotating, shifting: what is done to a float layer's input while the model runs, until a quantized layer does it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -43,3 +43,28 @@ def rotate_input(module: nn.Module, rotation: Hadamard) -> None:
 def rotation_of(module: nn.Module) -> Hadamard | None:
     """The rotation of a float layer's input, if it has one."""
     return next((h.rotation for h in module._forward_pre_hooks.values() if isinstance(h, Rotating)), None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shifting:
+    """A forward pre-hook, after a rotation: adds a constant to the input."""
+
+    shift_K: Tensor
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`x -> x + t`."""
+        return args[0] + self.shift_K.to(args[0]), *args[1:]
+
+
+def shift_input(module: nn.Module, shift_K: Tensor) -> None:
+    """Shift a float layer's input from now on, and take what it does out of the output: `x W^T` stays as it is."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)  # noqa: S101  a linear layer's
+    of_shift_N = (weight.T if type(module).__name__ == "Conv1D" else weight) @ shift_K.to(weight)
+    module.register_forward_pre_hook(Shifting(shift_K))
+    module.register_forward_hook(lambda _m, _args, y: y - of_shift_N)
+
+
+def shift_of(module: nn.Module) -> Tensor | None:
+    """The shift of a float layer's input, if it has one."""
+    return next((h.shift_K for h in module._forward_pre_hooks.values() if isinstance(h, Shifting)), None)

@@ -49,9 +49,15 @@ def refuses(module: Packed, style: str, parts: int) -> str | None:
     style = style.partition("_")[0]
     if style not in STYLES:
         return f"{style!r} is neither colwise nor rowwise"
-    extras = [n for n, _ in module.named_parameters(recurse=False) if n.startswith(("lr_", "sparse_", "pre_scale"))]
+    extras = [
+        n
+        for n, _ in module.named_parameters(recurse=False)
+        if n.startswith(("lr_", "sparse_", "pre_scale", "shift", "offset"))
+    ]
     if getattr(module, "rotation", None) is not None:
         extras.append("a rotated input")
+    if module.layer.inputs is not None and module.layer.inputs.power != 1:
+        extras.append("the scales of the input's columns")
     if extras:
         return f"{', '.join(extras)} cannot be cut the same way as the codes"
     with torch.device("cpu"):  # models are built inside torch.device("meta")

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+
+from hf_quant.errors import UnsupportedModel
 
 # Keyword arguments of the model's forward. Names that begin with "@" are kept from it: tags of the tokens that only
 # statistics and losses read, `[]`, `[B]` or `[B, S]` ("@weight", "@modality"; "timestep" is an argument and a tag).
@@ -31,6 +34,40 @@ class Sampler(Protocol):
         Raises:
             CalibrationError: empty, too short, or not of this model's vocabulary.
         """
+
+
+def made_up(model: nn.Module, samples: int, length: int, seed: int) -> Batch:
+    """Random inputs of the right form: tokens of the vocabulary, or pixels.
+
+    Raises:
+        UnsupportedModel: what the model takes is not known here.
+    """
+    config, generator = getattr(model, "config", None), torch.Generator().manual_seed(seed)
+    main = getattr(model, "main_input_name", None)
+    if main == "input_ids" and (vocabulary := getattr(config, "vocab_size", 0)):
+        return {main: torch.randint(vocabulary, (samples, length), generator=generator)}
+    if main == "pixel_values" and (size := getattr(config, "image_size", 0)):
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        return {
+            main: torch.randn(samples, getattr(config, "num_channels", 3), size, size, generator=generator).to(dtype)
+        }
+    raise UnsupportedModel(f"{type(model).__name__}: its layers are found by running it; pass calibration data")
+
+
+@dataclass(frozen=True, slots=True)
+class MadeUp:
+    """For methods that need no data but run the model: random inputs (see `made_up`), unless data is given."""
+
+    samples: int = 16
+    length: int = 64
+
+    def sample(self, data: Any, processor: Any, seed: int, model: nn.Module) -> list[Batch]:  # noqa: ANN401
+        """See `Sampler.sample`."""
+        if data is not None:
+            return TextSampler(samples=self.samples).sample(data, processor, seed, model)
+        batch = made_up(model, self.samples, self.length, seed)
+        parts = {name: tensor.split(8) for name, tensor in batch.items()}
+        return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

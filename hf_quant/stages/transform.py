@@ -1,7 +1,8 @@
 """Transform: what function-preserving rewrite first? A transform returns a value; `hf_quant.rewrite` folds it.
 
-Two kinds. A `Transform` looks at one group of layers after the other, block by block, with statistics. A
-`WholeTransform` looks at the anatomy of the model, once, before the first block. Neither sees a module tree.
+A `Transform` looks at one group of layers after the other, block by block, with statistics; a `PairTransform` at a
+group with the layer before it; an `OnlineTransform` at the input of any group. A `WholeTransform` looks at the anatomy
+of the model, once, before the first block. None sees a module tree.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,14 @@ class Rotations:
     online: Mapping[str, Hadamard] = field(default_factory=dict)
 
 
-Rewrite = Diagonal | Rotations
+@dataclass(frozen=True, slots=True, eq=False)
+class Online:
+    """`x -> x + t` at the input of a group's layers while the model runs; its effect is taken out of their outputs."""
+
+    shift_K: Tensor
+
+
+Rewrite = Diagonal | Rotations | Online
 
 
 @runtime_checkable
@@ -58,6 +66,37 @@ class Transform(Protocol):
         self, Ws: Sequence[Tensor], stats: Stats, weights: Spec, inputs: Spec | None, fit: Range
     ) -> Diagonal | None:
         """The rewrite for the group's weights `[N_i, K]`, or None to leave it as it is."""
+
+
+@runtime_checkable
+class PairTransform(Protocol):
+    """Looks at a layer and the group that reads it, where scales may pass between them.
+
+    It is asked again, pair by pair, until it proposes nothing more (or often enough).
+    """
+
+    @property
+    def needs(self) -> tuple[Stat, ...]:
+        """The statistics it reads, of what lies between them."""
+
+    def pair(
+        self, producer_KJ: Tensor, Ws: Sequence[Tensor], stats: Stats, weights: Spec, inputs: Spec | None, fit: Range
+    ) -> Diagonal | None:
+        """The rewrite for the producer's rows (one for each input channel of the group) and the group's weights."""
+
+
+@runtime_checkable
+class OnlineTransform(Protocol):
+    """Looks at the input of any group, and proposes what to do to it while the model runs."""
+
+    @property
+    def needs(self) -> tuple[Stat, ...]:
+        """The statistics it reads, of that input."""
+
+    def online(
+        self, Ws: Sequence[Tensor], stats: Stats, weights: Spec, inputs: Spec | None, fit: Range
+    ) -> Online | None:
+        """The rewrite, or None to leave it as it is."""
 
 
 @dataclass(frozen=True, slots=True)

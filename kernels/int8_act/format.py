@@ -38,6 +38,8 @@ class Int8Act(PackedFormat):
             return "weights have stored scales that depend on nothing but the row"
         if inputs is None:
             return "inputs are not quantized"
+        if inputs.power != 1:
+            return "inputs need one scale for each token, not scales for columns as well"
         if not isinstance(inputs.grid, IntGrid):
             return f"inputs need an integer grid, not {type(inputs.grid).__name__}"
         if inputs.block[1] != -1 and inputs.block[1] < layer.shape[1]:

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.errors import ConfigError
 from hf_quant.hadamard import Hadamard
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
@@ -27,6 +28,7 @@ from hf_quant.plugins.rounding.gptq import Gptq
 from hf_quant.recipe import Recipe
 from hf_quant.spec import act_spec, int_spec
 from hf_quant.stages.objective import LayerMse
+from hf_quant.stages.solver import Nearest
 from hf_quant.stages.transform import Anatomy, Loss, Rotations
 
 
@@ -73,13 +75,16 @@ def quarot(
     damp: float = 0.01,
     clip_steps: int = 24,
     online_heads: bool = False,
+    solver: str = "gptq",
 ) -> Recipe:
-    """Rotate, then round weights by GPTQ and inputs a token."""
+    """Rotate, then round weights (by `solver`, "gptq" or "rtn") in searched ranges and inputs a token."""
+    if solver not in ("gptq", "rtn"):
+        raise ConfigError(f'solver={solver!r}: "gptq" or "rtn"')
     return Recipe(
         weights=int_spec(bits, group_size, symmetric=symmetric),
         inputs=act_spec(act_bits),
         transforms=(RandomHadamard(online_heads),),
         range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
-        objective=LayerMse(),
-        solver=Gptq(damp=damp),
+        objective=LayerMse() if solver == "gptq" else None,
+        solver=Gptq(damp=damp) if solver == "gptq" else Nearest(),
     )
