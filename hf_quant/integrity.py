@@ -217,7 +217,8 @@ def _crc(data: Any, dtype: str, shape: Sequence[int]) -> int:  # noqa: ANN401  a
 
 
 def _tensor_crc(tensor: Tensor) -> int:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))  # of stride one, whatever
+    data = flat.view(torch.uint8).numpy()
     return _crc(data, dtype_name(tensor.dtype), tensor.shape)
 
 

@@ -93,7 +93,9 @@ class RotatedLoss:
         return found if isinstance(found, Tensor) else None
 
     def _rotate_stream(self, W: dict[str, Tensor], b: dict[str, Tensor], R: Tensor) -> None:
-        centre = (lambda t: t - t.mean(-1, keepdim=True)) if self.body.centered else (lambda t: t)
+        def centre(t: Tensor) -> Tensor:
+            return t - t.mean(-1, keepdim=True) if self.body.centered else t
+
         for name in self.body.tables:
             W[name] = centre(W[name]) @ R
         for name in self.body.writers:

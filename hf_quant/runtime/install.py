@@ -1,6 +1,7 @@
 """Put quantized modules in the place of float ones, and float ones back."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def _plain(module: Packed, weight: nn.Parameter) -> nn.Module:
         return module.plain(weight)
     assert isinstance(module, QuantLinear)  # noqa: S101  the two kinds of packed modules
     total = module.plain_bias()
-    bias = None if total is None else nn.Parameter(total.detach().to(weight.dtype), requires_grad=False)
+    bias: Any = None if total is None else nn.Parameter(total.detach().to(weight.dtype), requires_grad=False)
     n, k = module.matrix_shape
     if module.kind == "conv1d":
         from transformers.pytorch_utils import Conv1D

@@ -122,7 +122,7 @@ class QuantLinear(Packed, nn.Linear):
         scale = None if pre_scale is None else pre_scale.to(dtype)
         constants = [b.b_N.float() for b in branches if isinstance(b, Constant)]
         if shift is not None:
-            shift = shift.to(dtype)
+            shift = shift.detach().to(dtype, copy=True)  # layers that share an input have one each
             constants.append(-(q.dequantize() @ shift.float()))
         offset = torch.stack(constants).sum(0).to(dtype) if constants else None
         module = cls(

@@ -32,6 +32,7 @@ class Chain(nn.Module):
         return self.c(F.relu(self.b(F.relu(self.a(x)))))
 
 
+@torch.no_grad()
 def test_ranges_meet_and_the_function_stays(claims) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     net, x = Chain().double(), torch.randn(7, 6).double()
@@ -82,6 +83,7 @@ def rescale(model: nn.Module, seed: int) -> None:
         fold(layer, SiteGroup(sites, "mlp.up_proj"), Diagonal(s_K))
 
 
+@torch.no_grad()
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """One scale a tensor, 8 bits, no data, three rescalings of a trained model."""
     kl: dict[bool, list[float]] = {True: [], False: []}

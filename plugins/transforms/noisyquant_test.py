@@ -27,6 +27,7 @@ def stats_of(x_TK: Tensor) -> dict[Stat, State]:
     return states
 
 
+@torch.no_grad()
 def test_without_rounding_nothing_changes(claims) -> None:  # type: ignore[no-untyped-def]
     g = torch.Generator().manual_seed(0)
     layer = nn.Linear(40, 24).double()
@@ -55,6 +56,7 @@ def noisy(dtype: torch.dtype = torch.float32) -> QuantLinear:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
 def test_the_noise_is_saved_and_taken_out_of_what_is_written_and_dequantized(dtype: torch.dtype) -> None:
     layer, x = noisy(dtype), torch.randn(6, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
     near = {"atol": 0.1 if dtype == torch.float32 else 0.4, "rtol": 0.05}

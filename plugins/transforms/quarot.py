@@ -29,7 +29,7 @@ from hf_quant.recipe import Recipe
 from hf_quant.spec import act_spec, int_spec
 from hf_quant.stages.objective import LayerMse
 from hf_quant.stages.solver import Nearest
-from hf_quant.stages.transform import Anatomy, Loss, Rotations
+from hf_quant.stages.transform import Anatomy, Loss, Rotations, WholeTransform
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,29 @@ def residual_rotation(anatomy: Anatomy, seed: int) -> Tensor:
     return P @ inner @ P
 
 
+def rotated(
+    transform: WholeTransform,
+    bits: int,
+    act_bits: int,
+    group_size: int,
+    symmetric: bool,
+    damp: float,
+    clip_steps: int,
+    solver: str,
+) -> Recipe:
+    """Rotated by `transform`, then weights by `solver` in searched ranges, inputs rounded by the token."""
+    if solver not in ("gptq", "rtn"):
+        raise ConfigError(f'solver={solver!r}: "gptq" or "rtn"')
+    return Recipe(
+        weights=int_spec(bits, group_size, symmetric=symmetric),
+        inputs=act_spec(act_bits),
+        transforms=(transform,),
+        range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
+        objective=LayerMse() if solver == "gptq" else None,
+        solver=Gptq(damp=damp) if solver == "gptq" else Nearest(),
+    )
+
+
 @method(
     "quarot",
     paper=Paper("2404.00456", "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs"),
@@ -78,13 +101,4 @@ def quarot(
     solver: str = "gptq",
 ) -> Recipe:
     """Rotate, then round weights (by `solver`, "gptq" or "rtn") in searched ranges and inputs a token."""
-    if solver not in ("gptq", "rtn"):
-        raise ConfigError(f'solver={solver!r}: "gptq" or "rtn"')
-    return Recipe(
-        weights=int_spec(bits, group_size, symmetric=symmetric),
-        inputs=act_spec(act_bits),
-        transforms=(RandomHadamard(online_heads),),
-        range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
-        objective=LayerMse() if solver == "gptq" else None,
-        solver=Gptq(damp=damp) if solver == "gptq" else Nearest(),
-    )
+    return rotated(RandomHadamard(online_heads), bits, act_bits, group_size, symmetric, damp, clip_steps, solver)

@@ -13,7 +13,7 @@ subtract the mean, R1 stays random.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
-from hf_quant.plugins.transforms.quarot import RandomHadamard, quarot
+from hf_quant.plugins.transforms.quarot import RandomHadamard, rotated
 from hf_quant.recipe import Recipe
 from hf_quant.stages.transform import Anatomy, Loss, Rotations
 
@@ -92,5 +92,4 @@ def spinquant(
     lr: float = 0.05,
 ) -> Recipe:
     """QuaRot's recipe with learned rotations."""
-    base = quarot(bits, act_bits, group_size, symmetric, damp, solver=solver)
-    return replace(base, transforms=(LearnedRotations(steps, lr),))
+    return rotated(LearnedRotations(steps, lr), bits, act_bits, group_size, symmetric, damp, 24, solver)
