@@ -16,18 +16,39 @@ _PUBLIC = {
     "dequantize": "hf_quant.api",
     "estimate": "hf_quant.api",
     "explain": "hf_quant.runtime.explain",
+    "collect_statistics": "hf_quant.integrations.merging",
     "list_methods": "hf_quant.method",
+    "merge_adapter": "hf_quant.integrations.merging",
+    "prepare_for_training": "hf_quant.integrations.peft",
     "quantize": "hf_quant.api",
     "true_bits": "hf_quant.ledger",
+    "unmerge_adapter": "hf_quant.integrations.merging",
 }
 
-__all__ = ["QuantConfig", "Report", "dequantize", "estimate", "explain", "list_methods", "quantize", "true_bits"]
+__all__ = [
+    "QuantConfig",
+    "Report",
+    "collect_statistics",
+    "dequantize",
+    "estimate",
+    "explain",
+    "list_methods",
+    "merge_adapter",
+    "prepare_for_training",
+    "quantize",
+    "true_bits",
+    "unmerge_adapter",
+]
 
 if TYPE_CHECKING:
     from hf_quant.api import dequantize as dequantize
     from hf_quant.api import estimate as estimate
     from hf_quant.api import quantize as quantize
     from hf_quant.config import QuantConfig as QuantConfig
+    from hf_quant.integrations.merging import collect_statistics as collect_statistics
+    from hf_quant.integrations.merging import merge_adapter as merge_adapter
+    from hf_quant.integrations.merging import unmerge_adapter as unmerge_adapter
+    from hf_quant.integrations.peft import prepare_for_training as prepare_for_training
     from hf_quant.ledger import true_bits as true_bits
     from hf_quant.method import list_methods as list_methods
     from hf_quant.report import Report as Report

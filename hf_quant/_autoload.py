@@ -17,6 +17,8 @@ INTEGRATIONS = {
     "diffusers.quantizers.auto": "hf_quant.integrations.diffusers",
     # When transformers' registry is what imports torch, it is half-way through by the time we run; this comes later.
     "transformers.modeling_utils": "hf_quant.integrations.transformers",
+    "peft.tuners.lora.model": "hf_quant.integrations.peft",
+    "peft.peft_model": "hf_quant.integrations.adapters",
 }
 
 

@@ -64,6 +64,23 @@ QUANTIZED_LOAD = """
         np.save(f"{name}.npy", model(tokens).logits.detach().float().numpy())
     model.push_to_hub("user/again")
 """
+ADAPTER_PUSH = """
+    from peft import LoraConfig, get_peft_model
+    from hf_quant import QuantConfig
+    config = QuantConfig("rtn", bits=4, group_size=64)
+    model = AutoModelForCausalLM.from_pretrained(PATH, quantization_config=config)
+    model.push_to_hub("user/base")
+    model = AutoModelForCausalLM.from_pretrained("user/base")
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    tuned.push_to_hub("user/adapter")
+    np.save("pushed.npy", tuned.eval()(tokens).logits.detach().float().numpy())
+"""
+ADAPTER_LOAD = """
+    from peft import AutoPeftModelForCausalLM
+    model = AutoPeftModelForCausalLM.from_pretrained("user/adapter").eval()
+    assert type(model.base_model.model.model.layers[0].mlp.up_proj.base_layer).__module__.startswith("hf_quant.")
+    np.save("loaded.npy", model(tokens).logits.detach().float().numpy())
+"""
 CARD = """
     from huggingface_hub import ModelCard, ModelCardData
     data = ModelCardData(license="apache-2.0", library_name="transformers", tags=["hf-quant"], base_model="user/whole")
@@ -132,6 +149,17 @@ def test_float_model(hub: Hub, tmp_path: Path) -> None:
     for shard in shards:
         assert f"HEAD /user/sharded/resolve/{sharded.branches['main']}/{shard}" in hub.requests
     assert hub.unknown == []
+
+
+def test_adapter_on_a_quantized_model(hub: Hub, tmp_path: Path, tiny_lm_path: Path) -> None:
+    """The adapter alone is pushed; loading it finds the quantized base, all without an import of ours."""
+    run(hub, TINY_LLAMA + f"    PATH = {str(tiny_lm_path)!r}" + ADAPTER_PUSH, tmp_path / "push")
+    files = hub.repos["user/adapter"].resolve("main")[1]
+    assert {"adapter_config.json", "adapter_model.safetensors", "hf_quant.json"} <= set(files)
+    assert json.loads(files["adapter_config.json"].content)["base_model_name_or_path"] == "user/base"
+    run(hub, TINY_LLAMA + ADAPTER_LOAD, tmp_path / "load")
+    loaded, pushed = (np.load(tmp_path / p) for p in ("load/loaded.npy", "push/pushed.npy"))
+    np.testing.assert_array_equal(loaded, pushed)
 
 
 def test_quantized_model(hub: Hub, tmp_path: Path, tiny_lm_path: Path) -> None:

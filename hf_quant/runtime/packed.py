@@ -1,9 +1,11 @@
 """Packed: what quantized linears and embeddings share. A matrix held as the canonical tensors of a packed format."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -98,6 +100,7 @@ class Packed(nn.Module, ABC):
                 f"a weight of shape {list(W_NK.shape)} cannot be assigned to a quantized {list(self.matrix_shape)}; "
                 "dequantize the model first"
             )
+        _tell_of_writing()
         packed = self.format.pack(refit(self._without_extras(W_NK.detach()), self.layer.weights))
         for name, tensor in packed.items():
             parameter = getattr(self, name)
@@ -198,6 +201,16 @@ class Packed(nn.Module, ABC):
 
     def reset_parameters(self) -> None:
         """Nothing to reset: the weights come from a checkpoint or a solver."""
+
+
+@cache
+def _tell_of_writing() -> None:
+    """Once a process: whoever merges an adapter in place should know what it costs, and of the better way."""
+    logging.getLogger("hf_quant").warning(
+        "a dense weight was written into a quantized layer and rounded to nearest, which loses much of a small change. "
+        "To merge an adapter, hf_quant.merge_adapter(model) solves the layer again, says what is lost, and "
+        "hf_quant.unmerge_adapter(model) goes back to the bit; hf_quant.dequantize(model) first loses nothing"
+    )
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
