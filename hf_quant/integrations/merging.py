@@ -16,15 +16,15 @@ from hf_quant.capture import collect, run_model
 from hf_quant.config import QuantConfig
 from hf_quant.errors import ConfigError, NotSupported, UnsupportedModel
 from hf_quant.plan import matches
-from hf_quant.qtensor import QTensor, as_blocks, nearest
+from hf_quant.qtensor import QTensor, as_blocks, nearest, with_outer, without_outer
 from hf_quant.recipe import Recipe
 from hf_quant.report import Entry, Report
 from hf_quant.runtime.linear import QuantLinear
+from hf_quant.runtime.packed import refit
 from hf_quant.sites import find_blocks
 from hf_quant.spec import int_spec
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stages.sampler import TextSampler
-from hf_quant.stages.solver import Nearest
 from hf_quant.stats import Gram, State, hessian
 
 GRAM = Gram()
@@ -251,16 +251,17 @@ def _merge(
 def _candidates(
     target: Tensor, delta: Tensor, q: QTensor, recipe: Recipe, H: Tensor | None
 ) -> Iterator[tuple[str, QTensor]]:
-    spec = q.spec
-    if spec.grid.vector == 1 and q.nested is None:
+    inner, spec, outer = without_outer(target, q.spec)
+    if q.nested is None and q.codebook is None and outer is None:
         yield "nearest", nearest(target, q.scale, q.zero, spec)
     shift = _shift(delta, q)
     if shift is not None:
         yield "zero points", shift
-    solver = recipe.solver if recipe.solver.refuses(spec) is None else Nearest()
-    if solver.refuses(spec) is None:
+    if recipe.solver.refuses(spec) is None:
         quadratic = None if H is None else Quadratic(H)
-        yield type(solver).__name__, solver.solve(target, spec, recipe.range, quadratic)
+        yield type(recipe.solver).__name__, with_outer(recipe.solver.solve(inner, spec, recipe.range, quadratic), outer)
+    elif q.spec.grid.vector == 1:
+        yield "nearest", refit(target, q.spec)
 
 
 def _shift(delta: Tensor, q: QTensor) -> QTensor | None:

@@ -29,7 +29,7 @@ class QaLora(QALoraLinearVariant):  # type: ignore[misc]  # an untyped base
         """`[N, K]`."""
         group = module.qalora_group_size[active_adapter]
         A_RG, B_NR = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        delta_NG = module.scaling[active_adapter] * (B_NR.float() @ A_RG.float()) * (A_RG.shape[1] / group)
+        delta_NG: Tensor = module.scaling[active_adapter] * (B_NR.float() @ A_RG.float()) * (A_RG.shape[1] / group)
         return delta_NG.repeat_interleave(group, 1)
 
     @staticmethod
