@@ -16,6 +16,7 @@ _PUBLIC = {
     "dequantize": "hf_quant.api",
     "estimate": "hf_quant.api",
     "explain": "hf_quant.runtime.explain",
+    "finetune": "hf_quant.api",
     "collect_statistics": "hf_quant.integrations.merging",
     "list_methods": "hf_quant.method",
     "merge_adapter": "hf_quant.integrations.merging",
@@ -32,6 +33,7 @@ __all__ = [
     "dequantize",
     "estimate",
     "explain",
+    "finetune",
     "list_methods",
     "merge_adapter",
     "prepare_for_training",
@@ -43,6 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from hf_quant.api import dequantize as dequantize
     from hf_quant.api import estimate as estimate
+    from hf_quant.api import finetune as finetune
     from hf_quant.api import quantize as quantize
     from hf_quant.config import QuantConfig as QuantConfig
     from hf_quant.integrations.merging import collect_statistics as collect_statistics

@@ -1,6 +1,7 @@
 """What a user calls on models: quantize, dequantize, explain, true_bits, estimate."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.finite import require_finite
 from hf_quant.integrations.finish import finish, quantizer_of
 from hf_quant.plan import make_plan
-from hf_quant.recipe import Recipe
+from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Report
 from hf_quant.runtime.apart import take_apart
 
@@ -46,8 +47,42 @@ def quantize(
         )
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"quantize takes a model in memory, not {type(model).__name__}; load it first")
+    return _run(
+        model, config, config.quantizer().quantize, config.job(data=data, processor=processor, progress=progress)
+    )
+
+
+def finetune(
+    model: nn.Module,
+    config: QuantConfig,
+    data: Any = None,  # noqa: ANN401  many kinds, see QuantConfig
+    *,
+    processor: Any = None,  # noqa: ANN401
+    progress: bool = True,
+) -> Report:
+    """Quantize a float model by training it, in place. As `quantize`, for methods that train and for no other.
+
+    With `config.run_dir` a training that was cut off goes on from its last checkpoint.
+
+    Raises:
+        NotSupported: the method does not train.
+    """
+    if not isinstance(config, QuantConfig):
+        raise ConfigError(f"finetune takes a QuantConfig, not {type(config).__name__}")
+    if getattr(model, "is_quantized", False):
+        raise UnsupportedModel(
+            "the model is quantized already: train an adapter on it with PEFT (hf_quant.prepare_for_training), or "
+            "fine-tune the original"
+        )
+    return _run(
+        model, config, config.quantizer().finetune, config.job(data=data, processor=processor, progress=progress)
+    )
+
+
+def _run(model: nn.Module, config: QuantConfig, run: Callable[[nn.Module, Job], Report], job: Job) -> Report:
+    """Run a quantizer on a model in memory, and make it one that its library knows as quantized."""
     require_finite(model)
-    report = config.quantizer().quantize(model, config.job(data=data, processor=processor, progress=progress))
+    report = run(model, job)
     report = finish(model, quantizer_of(model, config), report)
     checkpoint.prepare_all(model)
     return report

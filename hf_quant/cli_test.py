@@ -17,6 +17,7 @@ from hf_quant.recipe import Recipe
 
 COMMANDS = (
     "quantize",
+    "finetune",
     "evaluate",
     "inspect",
     "explain",

@@ -37,6 +37,7 @@ from hf_quant.solve import Solved, Split, solve
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.transform import Diagonal, Online, OnlineTransform, PairTransform, Transform, WholeTransform
 from hf_quant.stats import Stat, State
+from hf_quant.trained import train
 
 
 def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
@@ -61,7 +62,11 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
                 rotate_whole(model, plan.blocks, transform, batches, job.seed, lend)
             if whole:
                 plan = make_plan(model, recipe, job)  # what was tied may no longer be
+            floats = {n: model.get_submodule(n) for n, p in plan.sites.items()} if recipe.trainer else {}
             entries = _Loop(model, recipe, job, plan, my_share(batches), run_dir).run()
+            training: dict[str, float] = {}
+            if recipe.trainer is not None:
+                entries, training = train(model, recipe.trainer, plan, floats, batches, job, entries)
     return Report(
         method={},
         coverage=tuple(entries) + plan.kept,
@@ -69,6 +74,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
         peak_bytes=peak_bytes(),
         calibration=describe_batches(batches, job),
         versions=versions(),
+        training=training,
     )
 
 

@@ -108,6 +108,8 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
             shares = tuple(end for end, table in tied.items() if table == site.name)
             sites[site.name] = _site_plan(site, own, shares)
             _refuse_one_stream(model, sites[site.name])
+            if own.trainer is not None and (reason := own.trainer.refuses(model, own.weights)):
+                problems.append(f"{site.name}: {type(own.trainer).__name__}: {reason}")
         except UnsupportedSpec as error:
             problems.append(f"{site.name}: {error}")
     if problems:
@@ -121,9 +123,14 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
 
 def _refuse_unrun(recipe: Recipe) -> None:
     """A stage that the loop does not run yet must not be passed over in silence."""
-    for stage in ("tuner", "trainer", "allocator", "serving", "cache"):
+    for stage in ("tuner", "allocator", "serving", "cache"):
         if getattr(recipe, stage):
             raise UnsupportedSpec(f"the recipe has a {stage}, which the loop does not run yet")
+    if recipe.trainer is None:
+        return
+    for stage in ("transforms", "splitter", "repairs", "inputs"):
+        if getattr(recipe, stage):
+            raise UnsupportedSpec(f"a trainer works on the weights as they are: the recipe cannot have {stage} too")
 
 
 def ties(model: nn.Module) -> dict[str, str]:

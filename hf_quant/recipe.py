@@ -57,6 +57,11 @@ class Job:
     progress: bool = True
 
 
+HOW_TO_TRAIN = (
+    "use a method that does (lsq, lr-qat, l4q, qlora), or quantize the model and train an adapter on it with PEFT"
+)
+
+
 class HfQuantizer(ABC):
     """Every method is one: it takes a model and leaves it quantized. `Recipe` is almost always enough."""
 
@@ -65,12 +70,12 @@ class HfQuantizer(ABC):
         """Quantize `model` in place; the report says what was done to every parameter."""
 
     def finetune(self, model: nn.Module, job: Job) -> "Report":
-        """Train the quantized model.
+        """Quantize `model` in place by training it.
 
         Raises:
             NotSupported: this method does not train.
         """
-        raise NotSupported(f"{type(self).__name__} does not fine-tune; train LoRA adapters with PEFT instead")
+        raise NotSupported(f"{type(self).__name__} does not train; {HOW_TO_TRAIN}")
 
 
 @final
@@ -131,3 +136,13 @@ class Recipe(HfQuantizer):
         from hf_quant.pipeline import quantize
 
         return quantize(model, self, job)
+
+    def finetune(self, model: nn.Module, job: Job) -> "Report":
+        """Run the loop, which ends with the trainer.
+
+        Raises:
+            NotSupported: the recipe has no trainer.
+        """
+        if self.trainer is None:
+            raise NotSupported(f"this method does not train; {HOW_TO_TRAIN}")
+        return self.quantize(model, job)

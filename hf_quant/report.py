@@ -60,6 +60,7 @@ class Report:
         calibration: what was used: samples, tokens, fingerprint; empty for data-free methods.
         versions: of the libraries that took part.
         measured: `Evaluation.to_json()` when the model was evaluated, else empty.
+        training: what a trainer measured (see `stages.trainer.Trained`), else empty.
     """
 
     method: dict[str, Any]
@@ -69,6 +70,7 @@ class Report:
     calibration: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, float] = field(default_factory=dict)
 
     @property
     def quantized(self) -> tuple[Entry, ...]:

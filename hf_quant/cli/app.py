@@ -6,7 +6,19 @@ from functools import wraps
 
 import typer
 
-from hf_quant.cli import card, dequantize, doctor, estimate, evaluate, explain, inspect, leaderboard, methods, quantize
+from hf_quant.cli import (
+    card,
+    dequantize,
+    doctor,
+    estimate,
+    evaluate,
+    explain,
+    finetune,
+    inspect,
+    leaderboard,
+    methods,
+    quantize,
+)
 
 app = typer.Typer(
     name="hf-quant",
@@ -50,5 +62,5 @@ def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-for _module in (quantize, evaluate, inspect, explain, methods, estimate, dequantize, card, leaderboard, doctor):
+for _module in (quantize, finetune, evaluate, inspect, explain, methods, estimate, dequantize, card, leaderboard, doctor):
     app.command(_module.__name__.rpartition(".")[2])(_interruptible(_module.command))

@@ -1,22 +1,31 @@
 """Trainer: quantization-aware training of a whole model, ending in the codes of its weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
 
 from torch import nn
 
+from hf_quant.errors import ConfigError
 from hf_quant.qtensor import QTensor
+from hf_quant.runtime.branches import Branch
 from hf_quant.spec import Spec
+from hf_quant.stages.fakequant import Rounding
 from hf_quant.stages.sampler import Batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """Site name -> codes, and what was measured on the way (losses, seconds, bytes of optimizer state)."""
+    """Site name -> codes (and a branch, if one was trained), and what was measured on the way.
+
+    `measured` holds "steps", "tokens", "first_loss", "last_loss", "seconds", "trained" (values that were),
+    "optimizer_bytes".
+    """
 
     weights: dict[str, QTensor]
     measured: dict[str, float]
+    branches: dict[str, Branch] = field(default_factory=dict)
 
 
 class Trainer(Protocol):
@@ -25,9 +34,67 @@ class Trainer(Protocol):
     def refuses(self, model: nn.Module, spec: Spec) -> str | None:
         """None when it can train this model for this spec, else the reason (asked at plan time)."""
 
-    def train(self, model: nn.Module, start: Mapping[str, QTensor], batches: Sequence[Batch], seed: int) -> Trained:
+    def train(
+        self,
+        model: nn.Module,
+        start: Mapping[str, QTensor],
+        batches: Sequence[Batch],
+        seed: int,
+        folder: Path | None = None,
+    ) -> Trained:
         """Fit the sites of `start`, which hold what the solver gave.
 
-        `model` comes in float and fake-quantized in place by the trainer (see `stages.fakequant`); parameters that are
-        not sites may be trained in place. Nothing of the training is left in it; the pipeline installs the codes.
+        `model` comes in float and is fake-quantized in place by the trainer (see `stages.fakequant`). Nothing of the
+        training is left in it; the pipeline installs the codes. With a `folder`, checkpoints are kept there and a
+        training that was cut off goes on from the last.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Qat:
+    """The one trainer: whatever a rounding learns, against the model's own full precision, by transformers' Trainer.
+
+    `loss = distill KL(teacher || student) + (1 - distill) (the model's own loss)`; the teacher is the same model with
+    its weights as they were, so it takes no memory. Learning rates are the rounding's own (`FakeQuant.learned`).
+
+    Attributes:
+        rounding: how a weight is parametrized.
+        steps: optimizer steps.
+        batch_size: sequences a step.
+        distill: weight of the teacher, 0 to 1; 0: no teacher runs.
+        schedule: of the learning rates, after a warm-up over the first tenth.
+        clip: largest norm of the gradient.
+    """
+
+    rounding: Rounding
+    steps: int = 200
+    batch_size: int = 8
+    distill: float = 1.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name}={value!r}: a positive integer")
+        if not 0 <= self.distill <= 1:
+            raise ConfigError(f"distill={self.distill!r}: a number from 0 (no teacher) to 1 (nothing else)")
+        if self.schedule not in ("linear", "cosine", "constant"):
+            raise ConfigError(f"schedule={self.schedule!r}: linear, cosine or constant")
+
+    def refuses(self, model: nn.Module, spec: Spec) -> str | None:
+        """What the rounding refuses."""
+        return self.rounding.refuses(spec)
+
+    def train(
+        self,
+        model: nn.Module,
+        start: Mapping[str, QTensor],
+        batches: Sequence[Batch],
+        seed: int,
+        folder: Path | None = None,
+    ) -> Trained:
+        """See `Trainer.train`."""
+        from hf_quant.training import train
+
+        return train(self, model, start, batches, seed, folder)

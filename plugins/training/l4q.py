@@ -1,0 +1,134 @@
+"""L4Q: LoRA inside the rounding, with learned scales and zero points (arXiv:2402.04902).
+
+    Q = s (clamp(round((W + (alpha / r) B A) / s + z)) - z);  A, B, s and z are learned, nothing else is left
+
+Shapes: W_NK weight; A `[r, K]`, B `[N, r]`; s, z `[N, G]`.
+Differs from the paper: begins at a solver's codes; zero points are rounded to integers, as they are stored, with the
+straight-through gradient; distilled from the full-precision model; the gradient of the merged weight is not recomputed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.errors import ConfigError
+from hf_quant.method import Paper, method
+from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.rounding.gptq import Gptq
+from hf_quant.plugins.training.fake_core import (
+    Clipped,
+    Estimator,
+    LowRankTerm,
+    grid_of,
+    latent,
+    refuses,
+    scaled_gradient,
+    stored,
+)
+from hf_quant.qtensor import QTensor, expand
+from hf_quant.recipe import Recipe
+from hf_quant.spec import Spec, int_spec
+from hf_quant.stages.fakequant import FakeQuant, Learned, exactly
+from hf_quant.stages.objective import LayerMse
+from hf_quant.stages.trainer import Qat
+
+
+class L4qFake(FakeQuant):
+    """A low-rank term on the weight, step sizes and zero points."""
+
+    def __init__(self, W_NK: Tensor, q: QTensor, how: "L4q", generator: torch.Generator) -> None:
+        super().__init__()
+        self.q, self.how = q, how
+        zero = 0 if q.zero is None else expand(q.zero, q.spec, q.shape)
+        self.register_buffer("frozen", (latent(W_NK, q) - zero) * expand(q.scale, q.spec, q.shape))
+        self.term = LowRankTerm(q.shape, how.rank, how.alpha, generator)
+        self.scale = nn.Parameter(q.scale.clone())
+        self.zero = None if q.zero is None else nn.Parameter(q.zero.clone())
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Grid units before rounding; scale and zero as stored."""
+        spec, grid = self.q.spec, grid_of(self.q.spec)
+        factor = (self.q.shape[0] * self.q.shape[1] / self.scale.numel() * max(1, grid.high)) ** -0.5
+        scale = stored(scaled_gradient(self.scale, factor), spec)
+        weight = self.frozen + self.term()  # type: ignore[operator]
+        steps = weight / expand(scale, spec, self.q.shape)
+        if self.zero is None:
+            return steps, scale, None
+        near = self.zero.detach().round().clamp(grid.low, grid.high)
+        zero = exactly(scaled_gradient(self.zero, factor), near)
+        return steps + expand(zero, spec, self.q.shape), scale, zero
+
+    def forward(self, W_NK: Tensor) -> Tensor:
+        """See the module; the weight as it was is in the frozen part."""
+        spec, grid = self.q.spec, grid_of(self.q.spec)
+        steps, scale, zero = self._parts()
+        codes = self.how.estimator.round(steps, grid.low, grid.high)
+        if zero is not None:
+            codes = codes - expand(zero, spec, self.q.shape)
+        return codes * expand(scale, spec, self.q.shape)
+
+    @torch.no_grad()
+    def export(self, W_NK: Tensor) -> QTensor:
+        """The codes of `forward`."""
+        steps, scale, zero = self._parts()
+        return QTensor(self.q.spec.grid.encode(steps), scale, zero, self.q.spec, self.q.shape)
+
+    def learned(self) -> list[Learned]:
+        """A, B, step sizes and zero points."""
+        rates: list[Learned] = [(self.term.A, self.how.lr), (self.term.B, self.how.lr), (self.scale, self.how.lr_scale)]
+        return rates if self.zero is None else [*rates, (self.zero, self.how.lr_zero)]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """A step size stays positive."""
+        self.scale.copy_(torch.maximum(self.scale, 0.1 * self.q.scale))
+
+
+@dataclass(frozen=True, slots=True)
+class L4q:
+    """LoRA inside the rounding, learned scales and zero points."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    lr: float = 1e-3
+    lr_scale: float = 2e-5
+    lr_zero: float = 2e-3
+    estimator: Estimator = Clipped()
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ConfigError(f"rank={self.rank!r}: a positive integer")
+
+    def refuses(self, spec: Spec) -> str | None:
+        """Integer grids."""
+        return refuses(spec)
+
+    def start(self, W_NK: Tensor, q: QTensor, generator: torch.Generator) -> FakeQuant:
+        """At the solver's codes."""
+        return L4qFake(W_NK, q, self, generator)
+
+
+@method(
+    "l4q",
+    paper=Paper("2402.04902", "L4Q: Parameter Efficient Quantization-Aware Fine-Tuning on Large Language Models"),
+    domains={"llm"},
+    claim="integers alone in the end; at 3 bits KL below that of an adapter merged and rounded afterwards",
+)
+def l4q(
+    bits: int = 4,
+    group_size: int = 128,
+    rank: int = 16,
+    steps: int = 200,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    distill: float = 1.0,
+) -> Recipe:
+    """GPTQ, then training of LoRA, scales and zero points inside the rounding."""
+    return Recipe(
+        weights=int_spec(bits, group_size),
+        range=MseClip(steps=24, floor=0.5, power=2.0),
+        objective=LayerMse(),
+        solver=Gptq(),
+        trainer=Qat(L4q(rank, 2.0 * rank, lr), steps=steps, batch_size=batch_size, distill=distill),
+    )

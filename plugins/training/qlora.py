@@ -1,0 +1,94 @@
+"""QLoRA: adapters on frozen 4-bit weights (arXiv:2305.14314).
+
+    y = Q x + (alpha / r) B (A x);  Q frozen, A and B are learned and stay beside the codes
+
+Shapes: W_NK weight; A `[r, K]`, B `[N, r]`.
+Differs from the paper: integers in groups with searched ranges instead of NF4 with doubly quantized scales (PEFT trains
+adapters on a `bnb-nf4` model as on any other of ours); the adapter is a branch of the layer, saved and counted with it;
+distilled from the full-precision model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_quant.errors import ConfigError
+from hf_quant.method import Paper, method
+from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.training.fake_core import LowRankTerm
+from hf_quant.qtensor import QTensor
+from hf_quant.recipe import Recipe
+from hf_quant.runtime.branches import Branch, LowRank
+from hf_quant.spec import Spec, int_spec
+from hf_quant.stages.fakequant import FakeQuant, Learned
+from hf_quant.stages.trainer import Qat
+
+
+class QloraFake(FakeQuant):
+    """Frozen codes and a low-rank term beside them."""
+
+    def __init__(self, q: QTensor, how: "Qlora", generator: torch.Generator) -> None:
+        super().__init__()
+        self.q, self.how = q, how
+        self.term = LowRankTerm(q.shape, how.rank, how.alpha, generator)
+
+    def forward(self, W_NK: Tensor) -> Tensor:
+        """Codes and term."""
+        return self.q.dequantize() + self.term()
+
+    def export(self, W_NK: Tensor) -> QTensor:
+        """The codes as they were."""
+        return self.q
+
+    def branch(self) -> Branch:
+        """The term."""
+        return LowRank(self.term.A.detach().clone(), self.term.scaling * self.term.B.detach())
+
+    def learned(self) -> list[Learned]:
+        """A and B."""
+        return [(self.term.A, self.how.lr), (self.term.B, self.how.lr)]
+
+
+@dataclass(frozen=True, slots=True)
+class Qlora:
+    """Adapters beside frozen codes."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ConfigError(f"rank={self.rank!r}: a positive integer")
+
+    def refuses(self, spec: Spec) -> str | None:
+        """Takes every grid: codes are not touched."""
+        return None
+
+    def start(self, W_NK: Tensor, q: QTensor, generator: torch.Generator) -> FakeQuant:
+        """The term is zero."""
+        return QloraFake(q, self, generator)
+
+
+@method(
+    "qlora",
+    paper=Paper("2305.14314", "QLoRA: Efficient Finetuning of Quantized LLMs"),
+    domains={"llm"},
+    claim="codes are those of before; the adapter lowers the KL of the model it began with at 3 bits",
+)
+def qlora(
+    bits: int = 4,
+    group_size: int = 64,
+    rank: int = 16,
+    steps: int = 200,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    distill: float = 1.0,
+) -> Recipe:
+    """Ranges by least squares, rounding to nearest, and a trained branch."""
+    return Recipe(
+        weights=int_spec(bits, group_size),
+        range=MseClip(steps=24, floor=0.5, power=2.0),
+        trainer=Qat(Qlora(rank, 2.0 * rank, lr), steps=steps, batch_size=batch_size, distill=distill),
+    )
