@@ -18,6 +18,7 @@ _PUBLIC = {
     "explain": "hf_quant.runtime.explain",
     "finetune": "hf_quant.api",
     "collect_statistics": "hf_quant.integrations.merging",
+    "initialize_adapter": "hf_quant.integrations.initializing",
     "list_methods": "hf_quant.method",
     "merge_adapter": "hf_quant.integrations.merging",
     "prepare_for_training": "hf_quant.integrations.peft",
@@ -34,6 +35,7 @@ __all__ = [
     "estimate",
     "explain",
     "finetune",
+    "initialize_adapter",
     "list_methods",
     "merge_adapter",
     "prepare_for_training",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from hf_quant.api import finetune as finetune
     from hf_quant.api import quantize as quantize
     from hf_quant.config import QuantConfig as QuantConfig
+    from hf_quant.integrations.initializing import initialize_adapter as initialize_adapter
     from hf_quant.integrations.merging import collect_statistics as collect_statistics
     from hf_quant.integrations.merging import merge_adapter as merge_adapter
     from hf_quant.integrations.merging import unmerge_adapter as unmerge_adapter

@@ -46,6 +46,7 @@ WEIGHTS = (
     *(Spec(grid=IntGrid(b, signed=True), block=block) for b in (4, 8) for block in ((-1, -1), (-1, 32))),
     int_spec(8, symmetric=True, scale="float32"),
     int_spec(4, 32, scale="float16"),
+    *(Spec(grid=IntGrid(b), zero="float", block=(1, g)) for b, g in ((2, 16), (3, 32), (4, -1), (8, 50))),
     Spec(grid=LevelGrid((-1.0, -0.25, 0.0, 0.5, 1.0)), block=(1, 64)),
     *(
         Spec(grid=LevelGrid(x), block=(1, b), scale=FloatGrid("float32"))

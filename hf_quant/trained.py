@@ -69,5 +69,5 @@ def train(
                 seconds=(of[name + ".weight"].seconds or 0) + seconds,
             )
             of[entry.name] = entry
-            install(model, site, Solved(q, branches, None, entry))
+            install(model, site, Solved(q, branches, None, None, entry))
     return list(of.values()), trained.measured

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.errors import UnsupportedModel
+from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.every_format_test import held, make
 from hf_quant.formats import format_for, formats
 from hf_quant.ledger import true_bits
@@ -22,7 +22,7 @@ from hf_quant.method import list_methods
 from hf_quant.recipe import Recipe
 from hf_quant.runtime.linear import QuantLinear
 from integration_tests.peft_merging_test import tuned
-from integration_tests.peft_tuners_test import IDS, LINEARS, llama, loss
+from integration_tests.peft_tuners_test import IDS, LINEARS, float_llama, llama, loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of PEFT
 
@@ -186,3 +186,31 @@ def test_recipes_are_known_by_the_config() -> None:
     assert isinstance(recipe, Recipe)
     assert recipe == QuantConfig("gptq", bits=4, group_size=32, clip_steps=1).quantizer()
     assert format_for(model.model.layers[0].mlp.up_proj.base_layer.layer).id == "int-group/1"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["lorc", "lqer", "qera"])
+def test_an_adapter_begins_at_what_rounding_lost(method: str) -> None:
+    """Ordinary LoRA weights, nearer to full precision than none; with the whole rank, there."""
+    torch.manual_seed(0)
+    original = copy.deepcopy(float_llama())
+    want = original(IDS).logits
+    distance = []
+    for rank in (0, 8, 64):
+        model = llama("rtn", bits=3)
+        if rank:
+            model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=LINEARS))
+            left = hf_quant.initialize_adapter(model, original, QuantConfig(method), data=IDS)
+            assert len(left) == 14
+            assert all(v < 1 for v in left.values())
+        distance.append(float((model.eval()(IDS).logits - want).norm()))
+    assert distance[1] < 0.9 * distance[0]
+    assert distance[2] < 1e-2 * distance[0]
+
+
+def test_an_adapter_cannot_begin_so(tmp_path: Path) -> None:
+    model = get_peft_model(llama("rtn"), LoraConfig(r=4, target_modules=LINEARS))
+    with pytest.raises(ConfigError, match="'rtn' has no low-rank repair"):
+        hf_quant.initialize_adapter(model, float_llama(), QuantConfig("rtn"))
+    with pytest.raises(UnsupportedModel, match="it is another model"):
+        hf_quant.initialize_adapter(model, nn.Linear(2, 2), QuantConfig("lorc"))

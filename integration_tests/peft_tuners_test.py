@@ -24,7 +24,7 @@ IDS = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def llama(method: str = "rtn", **arguments) -> nn.Module:
+def float_llama() -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96,
@@ -36,7 +36,11 @@ def llama(method: str = "rtn", **arguments) -> nn.Module:
         max_position_embeddings=64,
         tie_word_embeddings=False,
     )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def llama(method: str = "rtn", **arguments) -> nn.Module:
+    model = float_llama()
     given = {"bits": 4, "group_size": 32} | arguments
     config = QuantConfig(method, **{k: v for k, v in given.items() if v is not None})
     data = None if config.quantizer().data_free else IDS.repeat(4, 2)

@@ -25,7 +25,7 @@ from hf_quant.sites import find_blocks
 from hf_quant.spec import int_spec
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stages.sampler import TextSampler
-from hf_quant.stats import Gram, State, hessian
+from hf_quant.stats import Gram, Stat, State, hessian
 
 GRAM = Gram()
 
@@ -74,7 +74,7 @@ def merge_adapter(
         UnsupportedModel: no adapter on a quantized layer, or one is merged already.
         NotSupported: the adapter is no change of weights (prompts, functions of the input).
     """
-    layers = dict(_tuned(model))
+    layers = dict(tuned_layers(model))
     if not layers:
         raise UnsupportedModel("there is no adapter on a quantized layer of this model; train or load one with PEFT")
     merged = [name for name, layer in layers.items() if layer.merged]
@@ -106,7 +106,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     Raises:
         UnsupportedModel: nothing was merged by `merge_adapter`.
     """
-    merged = [layer for _, layer in _tuned(model) if isinstance(layer.__dict__.get("unmerge"), Undo)]
+    merged = [layer for _, layer in tuned_layers(model) if isinstance(layer.__dict__.get("unmerge"), Undo)]
     if not merged:
         raise UnsupportedModel("nothing is merged here by hf_quant.merge_adapter, so there is nothing to take out")
     for layer in merged:
@@ -126,21 +126,34 @@ def collect_statistics(
 
     The tensors are plain (`safetensors` stores them), so an expensive pass over data serves several merges.
     """
-    base, layers = _base(model), dict(_tuned(model))
-    batches = TextSampler(samples, length).sample(data, processor, 0, base)
+    found = input_statistics(model, dict(tuned_layers(model)), data, processor, (GRAM,), TextSampler(samples, length))
+    return {name: states[GRAM] for name, states in found.items()}
+
+
+def input_statistics(
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    data: Any,  # noqa: ANN401
+    processor: Any,  # noqa: ANN401
+    needs: tuple[Stat, ...],
+    sampler: TextSampler | None = None,
+) -> dict[str, dict[Stat, State]]:
+    """Statistics of the inputs of PEFT layers, the adapters at work; those that the data never reaches are missing."""
+    base = _base(model)
+    batches = (sampler or TextSampler()).sample(data, processor, 0, base)
     inside = {id(m): path for path, m in base.named_modules()}
     device = next(base.parameters()).device
-    found: dict[str, State] = {}
+    found: dict[str, dict[Stat, State]] = {}
     blocks = (*find_blocks(base), "")
     was_training = model.training
     model.eval()
     try:
         for block in blocks:  # one block's matrices at a time
             names = [n for n in layers if n not in found and (n.startswith(block + ".") or not block)]
-            wanted = {inside[id(layers[n])]: (GRAM,) for n in names}
+            wanted = {inside[id(layers[n])]: needs for n in names}
             if wanted:
                 states = collect(base, lambda m, i: run_model(m, batches[i], device), batches, wanted, None)  # type: ignore[arg-type]
-                found.update((n, states[p][GRAM]) for n, p in zip(names, wanted, strict=True) if p in states)
+                found.update((n, states[p]) for n, p in zip(names, wanted, strict=True) if p in states)
     finally:
         model.train(was_training)
     return found
@@ -173,7 +186,7 @@ def _base(model: nn.Module) -> Any:  # noqa: ANN401  the model under the adapter
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def _tuned(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def tuned_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name of the quantized layer, PEFT's layer around it)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -271,7 +284,7 @@ def _shift(delta: Tensor, q: QTensor) -> QTensor | None:
     low, high = (_extreme(delta, q, sign) for sign in (-1, 1))
     if bool((high - low > 1e-5 * q.scale).any()):
         return None
-    return replace(q, zero=q.spec.scale.decode(q.spec.scale.encode(q.zero - (low + high) / 2 / q.scale)))
+    return replace(q, zero=q.zero - (low + high) / 2 / q.scale)
 
 
 def _extreme(delta: Tensor, q: QTensor, sign: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Integer codes with float zero points."""
