@@ -22,6 +22,7 @@ from hf_quant.report import Entry, Report
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import refit
 from hf_quant.sites import find_blocks
+from hf_quant.solve import rotated
 from hf_quant.spec import int_spec
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stages.sampler import TextSampler
@@ -265,14 +266,15 @@ def _candidates(
     target: Tensor, delta: Tensor, q: QTensor, recipe: Recipe, H: Tensor | None
 ) -> Iterator[tuple[str, QTensor]]:
     inner, spec, outer = without_outer(target, q.spec)
-    if q.nested is None and q.codebook is None and outer is None:
+    if q.nested is None and q.codebook is None and not q.spec.outer:
         yield "nearest", nearest(target, q.scale, q.zero, spec)
     shift = _shift(delta, q)
     if shift is not None:
         yield "zero points", shift
     if recipe.solver.refuses(spec) is None:
-        quadratic = None if H is None else Quadratic(H)
-        yield type(recipe.solver).__name__, with_outer(recipe.solver.solve(inner, spec, recipe.range, quadratic), outer)
+        quadratic = None if H is None else rotated(Quadratic(H), q.spec.rotation)
+        solved = recipe.solver.solve(inner, spec, recipe.range, quadratic)
+        yield type(recipe.solver).__name__, with_outer(solved, q.spec, outer)
     elif q.spec.grid.vector == 1:
         yield "nearest", refit(target, q.spec)
 
