@@ -1,5 +1,7 @@
 """LoftQ: turns lower the weight error, and what that is worth on a trained model."""
 
+import pytest
+
 from hf_quant.plugins.residual.loftq import loftq
 from hf_quant.plugins.residual.lorc import lorc
 
@@ -16,6 +18,7 @@ def test_invariant_turns_never_hurt(judge, claims) -> None:
     claims.invariant("loftq", "one turn is lorc; more lower ||W - Q - L|| (2 bits)", falls, {"errors": errors})
 
 
+@pytest.mark.slow
 def test_order_below_lorc(judge, claims) -> None:
     setting = {"bits": 2, "group_size": 32, "rank": 16}
     ours, theirs = [judge.kl("loftq", **setting)] * 3, [judge.kl("lorc", **setting)] * 3

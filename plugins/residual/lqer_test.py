@@ -1,5 +1,6 @@
 """LQER against LoRC, on a trained model whose activations have outliers."""
 
+import pytest
 import torch
 
 from hf_quant.plugins.residual.lorc import LowRankRepair
@@ -21,6 +22,7 @@ def test_invariant_least_error_under_its_scaling(claims) -> None:
     claims.invariant("lqer", "scaled error is the least there is", abs(ours / best - 1) < 1e-4 and ours < plain)
 
 
+@pytest.mark.slow
 def test_order_at_most_lorc(judge, claims) -> None:
     ours = [judge.kl("lqer", seed=s, rank=16, outliers=True, **SETTING) for s in range(3)]
     theirs = [judge.kl("lorc", rank=16, outliers=True, **SETTING)] * 3

@@ -1,5 +1,7 @@
 """QERA: no other low-rank term has a smaller output error; on a trained model that shows."""
 
+import pytest
+
 from hf_quant.plugins.residual.lorc import LowRankRepair
 from hf_quant.plugins.residual.lorc_test import SETTING, problem
 from hf_quant.plugins.residual.qera import Autocorrelation, RootMeanSquare
@@ -16,6 +18,7 @@ def test_invariant_output_error(claims) -> None:
     claims.invariant("qera", "output error exact <= approximate <= plain SVD", exact <= approximate <= plain, figures)
 
 
+@pytest.mark.slow
 def test_order_at_most_lqer_at_most_lorc(judge, claims) -> None:
     kl = {m: [judge.kl(m, seed=s, rank=16, **SETTING) for s in range(3)] for m in ("qera", "lqer", "lorc")}
     claims.order("qera", "KL exact at most lqer's, 3 bits, rank 16 (tiny-lm)", ours=kl["qera"], theirs=kl["lqer"])

@@ -1,5 +1,7 @@
 """L4Q on a trained model: integers alone, and better than an adapter that is merged afterwards."""
 
+import pytest
+
 import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.plugins.training.lr_qat_test import SETTING, SHORT
@@ -13,6 +15,7 @@ def test_invariant_no_side_branch(judge, claims) -> None:
     claims.invariant("l4q", "end model is pure integers", all(m.lr_up is None for m in layers))
 
 
+@pytest.mark.slow
 def test_order_below_merging_afterwards(judge, claims) -> None:
     ours, theirs = [], []
     for seed in range(2):
@@ -31,6 +34,7 @@ def test_order_below_merging_afterwards(judge, claims) -> None:
     claims.order("l4q", "KL below qlora's, merged and rounded, 20 steps, 3 bits (tiny-lm)", ours=ours, theirs=theirs)
 
 
+@pytest.mark.slow
 def test_order_near_lr_qat(judge, claims) -> None:
     ours = [judge.kl("l4q", seed=s, **SETTING, **SHORT) for s in range(2)]
     theirs = [judge.kl("lr-qat", seed=s, rank=16, **SETTING, **SHORT) for s in range(2)]

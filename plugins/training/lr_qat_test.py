@@ -33,6 +33,11 @@ def test_invariant_nothing_is_left_beside_the_codes(judge, claims, tmp_path) -> 
     claims.invariant("lr-qat", "merged model is plain integers of gptq's size and loads to the bit", holds)
 
 
+def test_a_few_steps_already_help(judge) -> None:
+    assert judge.kl("lr-qat", rank=16, **SETTING, steps=8, batch_size=4) < judge.kl("gptq", **SETTING)
+
+
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:
     ours = [judge.kl("lr-qat", seed=s, rank=16, **SETTING, **SHORT) for s in range(3)]
     theirs = [judge.kl("gptq", seed=s, **SETTING) for s in range(3)]

@@ -1,5 +1,6 @@
 """LSQ on a trained model."""
 
+import pytest
 import torch
 
 from hf_quant.plugins.training.fake_core import scaled_gradient
@@ -25,6 +26,7 @@ def test_invariant_gradient_of_the_step_size(judge, claims) -> None:
     claims.invariant("lsq", "gradients of step and weight are those of the paper", holds)
 
 
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:
     setting = {"bits": 2, "group_size": 32}
     ours = [judge.kl("lsq", seed=s, steps=30, batch_size=4, lr=1e-3, **setting) for s in range(2)]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -44,6 +45,7 @@ def test_invariant_an_adapter_of_peft_merges_exactly(judge, claims: Claims) -> N
     claims.invariant("qa-lora", "a merged adapter computes the same", exact, {"logits moved": away, "off": off})
 
 
+@pytest.mark.slow
 def test_order_below_where_it_began(judge, claims: Claims) -> None:
     ours = [judge.kl("qa-lora", seed=s, **SETTING, **SHORT) for s in range(2)]
     theirs = []

@@ -1,5 +1,6 @@
 """QLoRA as a method: frozen codes, a branch that is trained, saved and counted."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ def test_invariant_codes_are_frozen(judge, claims, tmp_path) -> None:
     claims.invariant("qlora", "codes are those of before; the branch is saved and counted", frozen and same and counted)
 
 
+@pytest.mark.slow
 def test_order_below_where_it_began(judge, claims) -> None:
     ours = [judge.kl("qlora", seed=s, **SETTING, **SHORT) for s in range(2)]
     theirs = [judge.kl("mse-clip", power=2.0, floor=0.5, steps=24, **SETTING)] * 2
