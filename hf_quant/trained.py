@@ -60,7 +60,7 @@ def train(
             branches = (trained.branches[name],) if name in trained.branches else ()
             q = trained.weights[name]
             weight = float_weight(model.get_submodule(name), site.site)
-            bits = sum(t.numel() * weight.element_size() * 8 for b in branches for t in (b.down_RK, b.up_NR))
+            bits = sum(t.numel() * weight.element_size() * 8 for b in branches for t in b.tensors)
             entry = replace(
                 of[name + ".weight"],
                 error=relative_error(weight, q, branches, None),

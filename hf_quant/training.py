@@ -38,7 +38,7 @@ class Student(nn.Module):
         """The rounded weight, in the type of the weight."""
         if not self.on:
             return weight
-        W_NK = self.fake(weight.T if self.transposed else weight).to(weight.dtype)
+        W_NK: Tensor = self.fake(weight.T if self.transposed else weight).to(weight.dtype)
         return W_NK.T if self.transposed else W_NK
 
 
@@ -121,7 +121,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         *,
         keep: bool,
     ) -> None:
-        self.how, self.students, self.losses = how, students, []
+        self.how, self.students = how, students
+        self.losses: list[float] = []
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=how.steps,

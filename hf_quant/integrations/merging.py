@@ -153,7 +153,7 @@ def input_statistics(
             names = [n for n in layers if n not in found and (n.startswith(block + ".") or not block)]
             wanted = {inside[id(layers[n])]: needs for n in names}
             if wanted:
-                states = collect(base, lambda m, i: run_model(m, batches[i], device), batches, wanted, None)  # type: ignore[arg-type]
+                states = collect(base, lambda m, i: run_model(m, batches[i], device), batches, wanted, None)
                 found.update((n, states[p]) for n, p in zip(names, wanted, strict=True) if p in states)
     finally:
         model.train(was_training)

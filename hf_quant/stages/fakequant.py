@@ -86,5 +86,5 @@ class _Through(torch.autograd.Function):
 
 def exactly(x: Tensor, hard: Tensor) -> Tensor:
     """`hard` to the bit, with the gradient of `x` (straight-through; `x + (hard - x)` would be off by a rounding)."""
-    result: Tensor = _Through.apply(x, hard)
+    result: Tensor = _Through.apply(x, hard)  # type: ignore[no-untyped-call]
     return result

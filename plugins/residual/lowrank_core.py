@@ -28,4 +28,5 @@ def symmetric_root(H_KK: Tensor, damp: float) -> Tensor:
     H = H_KK.double()
     H = H + damp * H.diagonal().mean().clamp_min(1e-30) * torch.eye(len(H), dtype=H.dtype, device=H.device)
     values, vectors = torch.linalg.eigh(H)
-    return (vectors * values.clamp_min(values[-1] * 1e-12).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp_min(values[-1] * 1e-12).sqrt()) @ vectors.T
+    return root

@@ -51,7 +51,7 @@ class L4qFake(FakeQuant):
         spec, grid = self.q.spec, grid_of(self.q.spec)
         factor = (self.q.shape[0] * self.q.shape[1] / self.scale.numel() * max(1, grid.high)) ** -0.5
         scale = stored(scaled_gradient(self.scale, factor), spec)
-        weight = self.frozen + self.term()  # type: ignore[operator]
+        weight = self.frozen + self.term()
         steps = weight / expand(scale, spec, self.q.shape)
         if self.zero is None:
             return steps, scale, None

@@ -46,7 +46,8 @@ class LrQatFake(FakeQuant):
         """`P + (alpha / r) B A + z`, float32."""
         frozen: Tensor = self.frozen  # type: ignore[assignment]
         base = frozen if frozen.dtype == torch.float32 else self.q.spec.grid.decode(self.q.codes) + frozen.float()
-        return base + self.term()
+        steps: Tensor = base + self.term()
+        return steps
 
     def forward(self, W_NK: Tensor) -> Tensor:
         """See the module; the weight as it was is in the frozen part."""

@@ -37,7 +37,8 @@ class QaLoraFake(FakeQuant):
         self.term = LowRankTerm((q.zero.shape[0], q.zero.shape[1]), how.rank, how.alpha, generator)
 
     def _zero(self) -> Tensor:
-        return self.start - self.term() / self.q.scale
+        zero: Tensor = self.start - self.term() / self.q.scale
+        return zero
 
     def forward(self, W_NK: Tensor) -> Tensor:
         """Codes with moved zero points."""

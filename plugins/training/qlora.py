@@ -35,7 +35,8 @@ class QloraFake(FakeQuant):
 
     def forward(self, W_NK: Tensor) -> Tensor:
         """Codes and term."""
-        return self.q.dequantize() + self.term()
+        weight: Tensor = self.q.dequantize() + self.term()
+        return weight
 
     def export(self, W_NK: Tensor) -> QTensor:
         """The codes as they were."""
