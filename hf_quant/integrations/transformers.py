@@ -159,6 +159,11 @@ class Quantizer(TransformersQuantizer):  # type: ignore[misc]  # an untyped base
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Only while a method itself trains: weights are float then, and the Trainer must take them."""
+        return not self.pre_quantized and self.report is None
+
+    @property
     def is_compileable(self) -> bool:
         """`torch.compile` goes through."""
         return True
