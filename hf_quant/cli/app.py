@@ -62,5 +62,17 @@ def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-for _module in (quantize, finetune, evaluate, inspect, explain, methods, estimate, dequantize, card, leaderboard, doctor):
+for _module in (
+    quantize,
+    finetune,
+    evaluate,
+    inspect,
+    explain,
+    methods,
+    estimate,
+    dequantize,
+    card,
+    leaderboard,
+    doctor,
+):
     app.command(_module.__name__.rpartition(".")[2])(_interruptible(_module.command))

@@ -30,7 +30,7 @@ def test_order_below_merging_afterwards(judge, claims) -> None:
             for name, tensor in module.format.pack(merged).items():
                 getattr(module, name).data.copy_(tensor)
             module.prepare()
-        theirs.append(judge.divergence(model))
+        theirs.append(judge.distance(model)[0])
     claims.order("l4q", "KL below qlora's, merged and rounded, 20 steps, 3 bits (tiny-lm)", ours=ours, theirs=theirs)
 
 
