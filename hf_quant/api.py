@@ -13,7 +13,7 @@ from hf_quant.config import QuantConfig
 from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.finite import require_finite
 from hf_quant.integrations.finish import finish, quantizer_of
-from hf_quant.plan import make_plan
+from hf_quant.plan import Plan, make_plan
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Report
 from hf_quant.runtime.apart import take_apart
@@ -109,9 +109,14 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, Any]:
     """What quantizing would give, without reading a weight: sites, bits per weight, bytes, memory needed.
 
+    With a budget, bits and bytes are the most that it allows, and `lowest` and `highest` what could be reached at all.
+
     Args:
         model: a path or Hub id (only its config is read), or a model.
         config: how.
+
+    Raises:
+        UnsupportedSpec: a layer cannot be held, or the budget cannot be met (says what can).
     """
     if isinstance(model, nn.Module):
         whole = _twin(model)
@@ -128,14 +133,28 @@ def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, An
     largest = max((sum(4 * n for n in _sizes(whole, b)) for b in plan.blocks), default=0)
     return {
         "sites": len(plan.sites),
-        "bits_per_weight": plan.bits_per_weight,
-        "model_bytes": plan.model_bytes,
+        **_sizes_of(plan),
         "original_bytes": before,
         "device_bytes": largest,
         "kept": len(plan.kept),
         "formats": sorted({p.format.id for p in plan.sites.values()}),
-        "needs_calibration": any(p.recipe.needs_data for p in plan.sites.values()),
+        "needs_calibration": plan.is_open or any(p.recipe.needs_data for p in plan.sites.values()),
     }
+
+
+def _sizes_of(plan: Plan) -> dict[str, Any]:
+    if not plan.is_open:
+        return _size_of(plan)
+    lowest, highest = plan.lowest, plan.highest
+    most = min(plan.room + plan.model_bits - plan.open_bits, highest.model_bits)
+    bits = (most - lowest.model_bits) / plan.values + lowest.bits_per_weight
+    found = {"bits_per_weight": bits, "model_bytes": most // 8}
+    budget = None if plan.budget is None else plan.budget.to_json()
+    return found | {"budget": budget, "lowest": _size_of(lowest), "highest": _size_of(highest)}
+
+
+def _size_of(plan: Plan) -> dict[str, Any]:
+    return {"bits_per_weight": plan.bits_per_weight, "model_bytes": plan.model_bytes}
 
 
 def _twin(model: nn.Module) -> nn.Module:

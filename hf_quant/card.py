@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hf_quant.method import Paper
 
-PLOT = "layers.png"
+PLOT, ALLOCATION = "layers.png", "bits.png"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*|[\w][\w-]*")  # owner/name, or one of the old names without owner
 PIPELINES = {  # how a transformers class ends -> the Hub's name of its task
     "ForCausalLM": "text-generation",
@@ -53,7 +53,8 @@ class About:
         kernels: kernel -> how many layers run it, on `device`.
         device: where `kernels` was looked up.
         weights_bytes: of the files that hold the weights.
-        plot: file name of a picture beside the card.
+        plot: file name of a picture beside the card: the error of every layer.
+        allocation: likewise the bits of every layer, where they differ.
     """
 
     repo: str | None = None
@@ -68,6 +69,7 @@ class About:
     device: str | None = None
     weights_bytes: int | None = None
     plot: str | None = None
+    allocation: str | None = None
 
 
 def card(report: Report, evaluation: Evaluation | None = None, about: About | None = None) -> str:
@@ -141,6 +143,10 @@ def save_card(
     if figure is not None:
         plots.save_png(figure, folder / PLOT)
         about = replace(about, plot=PLOT)
+    bits = plots.bits_figure(report) if len(groups(report)) > 1 else None
+    if bits is not None:
+        plots.save_png(bits, folder / ALLOCATION)
+        about = replace(about, allocation=ALLOCATION)
     report.save(folder / "report.json")
     report_html.write(report, folder / "report.html")
     (folder / "README.md").write_text(card(report, about=about), encoding="utf-8")

@@ -2,15 +2,18 @@
 
 import enum
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_quant.budget import Budget
 from hf_quant.calibration import Calibration
 from hf_quant.errors import CheckpointError, ConfigError
 from hf_quant.method import method_named
+from hf_quant.mixed import budgeted
 from hf_quant.recipe import HfQuantizer, Job, Recipe
 
 VERSION = 1  # of the JSON; a newer one is refused
@@ -28,6 +31,8 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
     Args:
         method: id of a method; `hf_quant.list_methods()` names them all.
         bits: bits per weight; None: the method's default.
+        budget: instead of `bits`: how large the model may become; bits are then chosen layer by layer. "3.2 bits" a
+            quantized weight on average, or "6.5 GB" in all; or a dict of the fields of `hf_quant.budget.Budget`.
         group_size: weights sharing a scale along the input axis, -1 for one scale per output channel.
         calibration: list of texts, a `datasets.Dataset`, a path, token ids `[n, S]`, or model-input dicts. Not saved.
         processor: tokenizer for texts; None: the one that lies beside the model is loaded. Not saved.
@@ -54,6 +59,7 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
         method: str | None = None,
         *,
         bits: int | None = None,
+        budget: "str | Mapping[str, Any] | Budget | None" = None,
         group_size: int | None = None,
         calibration: Any = None,  # noqa: ANN401
         processor: Any = None,  # noqa: ANN401
@@ -79,11 +85,12 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
         self.sealed = sealed  # config_crc of a saved model whose files carry checksums
         self.made_by = dict(made_by) if made_by is not None else None
         if sites is not None:  # a saved model: everything needed to load it is in `sites`
-            method, bits, group_size, arguments = (made_by or {}).get("method"), None, None, {}
+            method, bits, budget, group_size, arguments = (made_by or {}).get("method"), None, None, None, {}
         elif method is None:
             raise ConfigError('QuantConfig needs a method, for example QuantConfig("gptq", bits=4)')
         self.method = method
         self.bits, self.group_size = bits, group_size
+        self.budget = None if budget is None else Budget.read(budget)
         self.skip, self.allow = _globs("skip", skip), _globs("allow", allow)
         self.overrides = {k: None if v is None else dict(v) for k, v in (overrides or {}).items()}
         self.seed = seed
@@ -105,10 +112,10 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
 
     def quantizer(self) -> HfQuantizer:
         """The method applied to its arguments."""
-        return _build(str(self.method), self.given)
+        return _build(str(self.method), self.given, self.budget)
 
     def overridden(self) -> dict[str, Recipe | None]:
-        """Glob -> recipe, in order."""
+        """Glob -> recipe, in order. One without an allocator is what its layers get, whatever the others do."""
         recipes: dict[str, Recipe | None] = {}
         for pattern, other in self.overrides.items():
             if other is None:
@@ -117,11 +124,14 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
             given = {**other}
             name = str(given.pop("method", self.method))
             inherited = self.given if name == self.method else {}
-            recipe = _build(name, {**inherited, **given})
+            # with a budget, a layer whose width the override names has that width, all others are chosen for
+            recipe = _build(name, {**inherited, **given}, None if "bits" in given else self.budget, strict=False)
             if not isinstance(recipe, Recipe):
                 raise ConfigError(
                     f"overrides[{pattern!r}]: method {name!r} is no recipe of stages, it takes whole models"
                 )
+            if "bits" in given:
+                recipe = replace(recipe, allocator=None)
             recipes[pattern] = recipe
         return recipes
 
@@ -154,6 +164,8 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
         if self.sites is not None:
             return data | {"sites": self.sites, "sealed": self.sealed, "made_by": self.made_by}
         data |= {"method": self.method, **self.given, "seed": self.seed}
+        if self.budget is not None:
+            data["budget"] = self.budget.to_json()
         for name, value in (("skip", list(self.skip)), ("allow", list(self.allow)), ("overrides", self.overrides)):
             if value:
                 data[name] = value
@@ -171,14 +183,18 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
         if self.sites is not None:
             return f"<QuantConfig of a model quantized with {self.method!r}>"
         parts = [repr(self.method)] + [f"{k}={v!r}" for k, v in self.given.items()]
+        parts += [f"budget={self.budget.to_json()!r}"] if self.budget else []
         parts += [f"{n}={v!r}" for n in ("skip", "allow", "overrides") if (v := getattr(self, n))]
         return f"QuantConfig({', '.join(parts + ([f'seed={self.seed}'] if self.seed else []))})"
 
 
-def _build(name: str, given: dict[str, Any]) -> HfQuantizer:
+def _build(name: str, given: dict[str, Any], budget: Budget | None, *, strict: bool = True) -> HfQuantizer:
+    """`strict=False`: a method that a budget cannot steer keeps its own width."""
     found = method_named(name)
     arguments = found.arguments(given)
     try:
+        if budget is not None and (strict or "bits" in found.signature.parameters):
+            return budgeted(found, given, budget)
         return found.build(**arguments)
     except TypeError as error:
         raise ConfigError(f"method {name!r} cannot take {given}: {error}") from None

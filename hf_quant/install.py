@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from hf_quant.plan import SitePlan
+from hf_quant.runtime.embedding import retie
 from hf_quant.runtime.install import install_embedding, install_linear
 from hf_quant.solve import Solved
 
@@ -15,7 +16,10 @@ def install(model: nn.Module, plan: SitePlan, solved: Solved, dtype: torch.dtype
         dtype: compute type; None: that of the float weight.
     """
     if plan.site.kind == "embedding":
-        return install_embedding(model, plan.site.name, solved.q, plan.format, shares=plan.shares)
+        table = install_embedding(model, plan.site.name, solved.q, plan.format, shares=plan.shares)
+        if plan.shares:
+            retie(model)
+        return table
     return install_linear(
         model,
         plan.site.name,

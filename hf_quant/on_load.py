@@ -14,20 +14,19 @@ from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry, Report
 from hf_quant.resources import peak_bytes, release_freed, versions
 from hf_quant.runtime.apart import can_take_apart, stand_in_for, take_apart
-from hf_quant.runtime.embedding import retie
 from hf_quant.runtime.stand_in import StandIn
 from hf_quant.solve import solve
 
 
 def plan_on_load(model: nn.Module, recipe: Recipe, job: Job) -> Plan | None:
-    """The plan for a model whose weights are still on disk; None when the recipe needs data, or a running model.
+    """The plan for a model whose weights are still on disk; None when the recipe needs data, all weights, or a running model.
 
     The model itself stays whole, as the loader knows it; the plan is made on a twin that is taken apart.
     """
     twin = copy.deepcopy(model)  # on the meta device: no bytes are copied
     take_apart(twin)
     plan = make_plan(twin, recipe, job)
-    alone = not recipe.transforms and all(p.recipe.data_free for p in plan.sites.values())
+    alone = not recipe.transforms and recipe.allocator is None and all(p.recipe.data_free for p in plan.sites.values())
     return plan if alone else None
 
 
@@ -66,10 +65,7 @@ def _install_loaded(model: nn.Module, plan: Plan, parameter: str, value: Tensor,
     owner, _, leaf = parameter.rpartition(".")
     if owner in plan.sites:
         site = plan.sites[owner]
-        entries = [_install(model, site, value.T if site.site.kind == "conv1d" else value, dtype)]
-        if site.shares:
-            retie(model)
-        return entries
+        return [_install(model, site, value.T if site.site.kind == "conv1d" else value, dtype)]
     if can_take_apart(model.get_submodule(owner)):
         model.set_submodule(owner, stand_in_for(model.get_submodule(owner)))
     apart = model.get_submodule(owner)

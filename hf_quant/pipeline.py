@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_quant.allocate import allocate
 from hf_quant.capture import Recording, collect, record, run_model
 from hf_quant.distributed import my_share, reduce_states, union
 from hf_quant.errors import CalibrationError, UnsupportedModel
@@ -63,7 +64,11 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
             if whole:
                 plan = make_plan(model, recipe, job)  # what was tied may no longer be
             floats = {n: model.get_submodule(n) for n, p in plan.sites.items()} if recipe.trainer else {}
-            entries = _Loop(model, recipe, job, plan, my_share(batches), run_dir).run()
+            loop = _Loop(model, recipe, job, plan, my_share(batches), run_dir)
+            if recipe.allocator is not None and plan.is_open:
+                loop.refuse_unreached()
+                loop.plan = allocate(model, recipe.allocator, plan, job, batches, run_dir)
+            entries = loop.run()
             training: dict[str, float] = {}
             if recipe.trainer is not None:
                 entries, training = train(model, recipe.trainer, plan, floats, batches, job, entries)
@@ -169,8 +174,11 @@ class _Loop:
         sites = [p.site.name for p in self.plan.sites.values() if p.recipe.needs]
         return record(self.model, self.plan.blocks, self.batches, self._home(), sites)
 
-    def _refuse_unreached(self, reached: set[str]) -> None:
+    def refuse_unreached(self) -> None:
         """Stop before any work when the data misses sites: all of them at once, not one a night."""
+        self._refuse_unreached(union(self._record().reached))
+
+    def _refuse_unreached(self, reached: set[str]) -> None:
         planned = {p.site.name: p for p in self.plan.sites.values() if p.recipe.needs}
         missed = [n for n, p in planned.items() if n not in reached and not self._excused(p)]
         if missed:

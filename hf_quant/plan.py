@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import prod
+from math import floor, prod
 
 import torch
 from torch import nn
 
+from hf_quant.budget import Budget
 from hf_quant.errors import ConfigError, UnsupportedModel, UnsupportedSpec
 from hf_quant.formats import Layer, PackedFormat, format_for, format_named
 from hf_quant.method import did_you_mean
@@ -29,6 +30,7 @@ class SitePlan:
     layer: Layer
     format: PackedFormat
     shares: tuple[str, ...] = ()  # of an embedding: the modules tied to it, which will share the packed table
+    options: tuple["SitePlan", ...] = ()  # what an allocator may choose instead, by rising size; none: it is fixed
 
     @property
     def bits(self) -> int:
@@ -43,21 +45,79 @@ class Plan:
     blocks: tuple[str, ...]
     sites: Mapping[str, SitePlan]
     kept: tuple[Entry, ...]
+    small_bits: int = 0  # of what is stored besides and has no entry: biases, small norms, buffers
+    budget: Budget | None = None
 
     def in_block(self, block: str) -> list[SitePlan]:
         """The plans of the sites in this block ("" for those outside every block), in module order."""
         return [p for p in self.sites.values() if p.site.block == block]
 
     @property
+    def values(self) -> int:
+        """How many weights are quantized."""
+        return sum(prod(p.site.shape) for p in self.sites.values())
+
+    @property
     def bits_per_weight(self) -> float:
         """True bits per quantized weight."""
-        values = sum(prod(p.site.shape) for p in self.sites.values())
-        return sum(p.bits for p in self.sites.values()) / values if values else 0.0
+        return sum(p.bits for p in self.sites.values()) / self.values if self.sites else 0.0
+
+    @property
+    def model_bits(self) -> int:
+        """Bits of the quantized model's tensors, kept ones included."""
+        return sum(p.bits for p in self.sites.values()) + sum(e.bits for e in self.kept) + self.small_bits
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of the quantized model's parameters, kept ones included."""
-        return (sum(p.bits for p in self.sites.values()) + sum(e.bits for e in self.kept)) // 8
+        """Bytes of the quantized model's tensors, kept ones included."""
+        return self.model_bits // 8
+
+    # ---- with a budget ------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an allocator has yet to choose for some site."""
+        return any(p.options for p in self.sites.values())
+
+    def choose(self, chosen: Mapping[str, SitePlan]) -> "Plan":
+        """The plan with some sites done otherwise, and nothing left open."""
+        sites = {name: replace(chosen.get(name, p), options=()) for name, p in self.sites.items()}
+        return replace(self, sites=sites)
+
+    @property
+    def lowest(self) -> "Plan":
+        """Every open site at its smallest."""
+        return self.choose({name: p.options[0] for name, p in self.sites.items() if p.options})
+
+    @property
+    def highest(self) -> "Plan":
+        """Every open site at its largest."""
+        return self.choose({name: p.options[-1] for name, p in self.sites.items() if p.options})
+
+    @property
+    def open_bits(self) -> int:
+        """Bits of the open sites as the recipe's own weights have them."""
+        return sum(p.bits for p in self.sites.values() if p.options)
+
+    @property
+    def room(self) -> int:
+        """Bits that the open sites may take together; without a budget what they would take anyway."""
+        if self.budget is None:
+            return self.open_bits
+        if self.budget.bits is not None:
+            fixed = sum(p.bits for p in self.sites.values()) - self.open_bits
+            return floor(self.budget.bits * self.values) - fixed
+        return 8 * (self.budget.bytes or 0) - (self.model_bits - self.open_bits)
+
+    @property
+    def fused(self) -> bool:
+        """Whether sites that read the same tensor get one choice."""
+        return self.budget is None or self.budget.fused
+
+    @property
+    def size(self) -> str:
+        """In words."""
+        return f"{self.bits_per_weight:.3f} bits a weight ({self.model_bytes} bytes in all)"
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -118,12 +178,29 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
         raise UnsupportedModel(
             "there is nothing to quantize: no linear layer is left after skip, overrides and defaults"
         )
-    return Plan(tuple(find_blocks(model)), sites, _coverage(model, sites, reasons, job))
+    rest = _coverage(model, sites, reasons, job)
+    budget = recipe.allocator.budget if recipe.allocator else None
+    plan = Plan(tuple(find_blocks(model)), sites, rest, _small_bits(model, sites, rest), budget)
+    _refuse_unreachable(plan)
+    return plan
+
+
+def _refuse_unreachable(plan: Plan) -> None:
+    if plan.budget is None:
+        return
+    if not plan.is_open:
+        raise UnsupportedSpec(f"budget {plan.budget.size}: the overrides leave no layer whose bits could be chosen")
+    if sum(p.options[0].bits for p in plan.sites.values() if p.options) > plan.room:
+        raise UnsupportedSpec(
+            f"the budget of {plan.budget.size} cannot be met: this model gets {plan.lowest.size} at the least and "
+            f"{plan.highest.size} at the most. Raise the budget, allow smaller widths "
+            "(budget={'size': ..., 'widths': [...]}) or larger groups, or quantize more (overrides for embeddings)"
+        )
 
 
 def _refuse_unrun(recipe: Recipe) -> None:
     """A stage that the loop does not run yet must not be passed over in silence."""
-    for stage in ("tuner", "allocator", "serving", "cache"):
+    for stage in ("tuner", "serving", "cache"):
         if getattr(recipe, stage):
             raise UnsupportedSpec(f"the recipe has a {stage}, which the loop does not run yet")
     if recipe.trainer is None:
@@ -162,6 +239,8 @@ def _site_plan(site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
     if site.kind == "embedding":  # a lookup has no activations to calibrate on
         plain = {"objective": None, "solver": Nearest(), "splitter": None, "grids": None, "repairs": (), "inputs": None}
         recipe = replace(recipe, **plain)  # type: ignore[arg-type]
+    if recipe.allocator is not None:
+        return _open_plan(site, recipe, shares)
     layer = Layer(site.shape, recipe.weights, recipe.inputs)
     refusal = recipe.solver.refuses(recipe.weights)
     if refusal:
@@ -187,6 +266,22 @@ def _refuse_one_stream(model: nn.Module, plan: SitePlan) -> None:
             "the method compares the layer's inputs with those on the full-precision path, and "
             f'{why}; name another method for it, overrides={{"{plan.site.name}": {{"method": "gptq"}}}}, or skip it'
         )
+
+
+def _open_plan(site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
+    """A site whose spec an allocator chooses, of those that its solver and some format take."""
+    assert recipe.allocator is not None  # noqa: S101  called for such recipes
+    plain = replace(recipe, allocator=None)
+    options: list[SitePlan] = []
+    refusals: list[str] = []
+    for spec in recipe.allocator.choices:
+        try:
+            options.append(_site_plan(site, replace(plain, weights=spec), shares))
+        except UnsupportedSpec as error:
+            refusals.append(str(error))
+    if not options:
+        raise UnsupportedSpec("none of the widths to choose from: " + "; ".join(dict.fromkeys(refusals)))
+    return replace(_site_plan(site, plain, shares), options=tuple(sorted(options, key=lambda o: o.bits)))
 
 
 def _overrides(names: Sequence[str], job: Job) -> dict[str, Recipe | None]:
@@ -229,6 +324,16 @@ def _coverage(
             + f". To go on without: allow={globs}"
         )
     return tuple(entries)
+
+
+def _small_bits(model: nn.Module, sites: Mapping[str, SitePlan], entries: Sequence[Entry]) -> int:
+    """Bits of everything stored that is neither a site's weight nor has an entry."""
+    known = {e.name for e in entries} | {f"{name}.weight" for name in sites} | {f"{n}.weight" for n in ties(model)}
+    stored = {n: p for n, p in model.named_parameters() if n not in known}
+    for owner, module in model.named_modules():
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        stored |= {f"{owner}.{n}": b for n in kept if (b := module._buffers[n]) is not None}
+    return sum(8 * t.numel() * t.element_size() for t in stored.values())
 
 
 def _entry(name: str, parameter: torch.Tensor, status: str, reason: str, bits: int) -> Entry:

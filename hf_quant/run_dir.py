@@ -114,6 +114,30 @@ class RunDir:
             parameter.requires_grad_(False)
         return [Entry(**{**e, "shape": tuple(e["shape"])}) for e in notes["entries"]]
 
+    def load_losses(self, unit: str) -> list[tuple[float, ...]] | None:
+        """The table rows that an allocator's sensitivity gave for a block; None when they are not there."""
+        if self.path is None or not self._table(unit).exists():
+            return None
+        try:
+            return [tuple(map(float, row)) for row in json.loads(self._table(unit).read_text())]
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{self._table(unit)} is damaged ({error}); delete it and run again") from None
+
+    def save_losses(self, unit: str, losses: Sequence[Sequence[float]]) -> None:
+        """Write a block's rows of the table; a float's JSON is exact.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
+        if self.path is None or not is_first():
+            return
+        _replace(self._table(unit), lambda p: p.write_text(json.dumps(list(map(list, losses)))))
+        self._note()
+
+    def _table(self, unit: str) -> Path:
+        assert self.path is not None  # noqa: S101
+        return self.path / f"{unit or 'outside'}.losses.json"
+
     def save(self, unit: str, module: nn.Module, entries: Sequence[Entry]) -> None:
         """Write a finished unit.
 

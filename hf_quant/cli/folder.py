@@ -17,7 +17,14 @@ from hf_quant.errors import RunError
 from hf_quant.locks import hold
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-OWN = ("README.md", "config.json", "report.json", "report.html", "layers.png")  # written anew for the output
+OWN = (
+    "README.md",
+    "config.json",
+    "report.json",
+    "report.html",
+    "layers.png",
+    "bits.png",
+)  # written anew for the output
 
 
 @dataclass(frozen=True, slots=True)

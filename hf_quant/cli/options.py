@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model, or a Hub id (user/name).")]
 Method = Annotated[str, typer.Option("--method", "-m", help="Id of a method; `hf-quant methods` lists them.")]
 Bits = Annotated[int | None, typer.Option("--bits", "-b", help="Bits per weight. Default: the method's own.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="Instead of --bits: how large it may become, bits chosen layer by layer: '3.2 bits' a weight, '6.5 GB' in "
+        'all; or JSON such as \'{"size": "3.2 bits", "fused": false}\'.',
+    ),
+]
 GroupSize = Annotated[
     int | None, typer.Option("--group-size", "-g", help="Weights sharing a scale; -1: a whole output channel.")
 ]
@@ -52,6 +60,7 @@ def make_config(
     allow: list[str] | None = None,
     seed: int = 0,
     *,
+    budget: str | None = None,
     calibration: Path | None = None,
     processor: Any = None,  # noqa: ANN401  a tokenizer
     device: str | None = None,
@@ -68,6 +77,7 @@ def make_config(
     return QuantConfig(
         method,
         bits=bits,
+        budget=_budget(budget),
         group_size=group_size,
         calibration=calibration,
         processor=processor,
@@ -79,6 +89,15 @@ def make_config(
         run_dir=run_dir,
         **dict(_setting(text, "--set") for text in settings or ()),
     )
+
+
+def _budget(text: str | None) -> Any:  # noqa: ANN401  a size, or a mapping from JSON
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"{text!r} is no JSON: {error}", param_hint="--budget") from None
 
 
 def _setting(text: str, option: str) -> tuple[str, Any]:

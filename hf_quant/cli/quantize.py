@@ -36,6 +36,7 @@ def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: new, or empty.")],
     method: o.Method = "rtn",
     bits: o.Bits = None,
+    budget: o.Budget = None,
     group_size: o.GroupSize = None,
     calibration: Calibration = None,
     settings: o.Settings = None,
@@ -62,17 +63,20 @@ def command(
       hf-quant quantize MODEL OUT                                [dim]rtn: 4 bits, no data needed[/]
       hf-quant quantize MODEL OUT -m gptq -b 4 -g 128 -c texts.txt -e held-out.txt
       hf-quant quantize MODEL OUT -m gptq -b 3 -c ids.npy --set damp=0.05 --set act_order=true
+      hf-quant quantize MODEL OUT -m gptq --budget '3.2 bits' -c texts.txt
       hf-quant quantize MODEL OUT --skip '*.layers.0.*' --override '*.down_proj=bits=8'
       hf-quant quantize user/name OUT -m awq -c texts.txt --device cuda:0
     """
     from hf_quant.loading import load_processor, read_config, require_float
 
     given = (method, bits, group_size, settings, skip, overrides, allow, seed)
-    o.make_config(*given)  # a wrong option is told before anything is read or written
+    o.make_config(*given, budget=budget)  # a wrong option is told before anything is read or written
     require_float(read_config(model), model)
     processor = load_processor(model)
     with output_folder(out) as work:
-        config = o.make_config(*given, calibration=calibration, processor=processor, device=device, run_dir=work.run)
+        config = o.make_config(
+            *given, budget=budget, calibration=calibration, processor=processor, device=device, run_dir=work.run
+        )
         report = _quantize(model, config, work, dtype, processor, evaluate)
     summary = _summary(out, report)
     show(summary, as_json, lambda console: _draw(console, summary))

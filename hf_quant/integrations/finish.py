@@ -30,6 +30,7 @@ def finish(model: nn.Module, quantizer: Any, report: Report) -> Report:  # noqa:
     made_by = {
         "method": config.method,
         "arguments": config.given,
+        "budget": config.budget.to_json() if config.budget else None,
         "skip": list(config.skip),
         "overrides": config.overrides,
         "seed": config.seed,
