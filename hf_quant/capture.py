@@ -45,7 +45,7 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor, device: torch.device) -> Tensor:
         """Call `block` the same way with other hidden states; returns its output hidden states."""
-        args, kwargs = _to((self.args, self.kwargs), device)
+        args, kwargs = to_device((self.args, self.kwargs), device)
         hidden = hidden.to(device)
         out = block(hidden, *args, **kwargs) if self.positional else block(**{HIDDEN: hidden}, **kwargs)
         return first_tensor(out)
@@ -178,7 +178,7 @@ def record(
 
 def run_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:  # noqa: ANN401
     """One forward without a cache."""
-    kwargs: dict[str, Any] = _to(model_inputs_of(batch), device)
+    kwargs: dict[str, Any] = to_device(model_inputs_of(batch), device)
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in kwargs:
         kwargs["decoder_input_ids"] = kwargs["input_ids"]
@@ -313,11 +313,12 @@ def flat(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1])
 
 
-def _to(value: Any, device: torch.device) -> Any:  # noqa: ANN401  nested arguments of any kind
+def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401  nested arguments of any kind
+    """The arguments with every tensor in them on the device; what is there already is not copied."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
+        return {k: to_device(v, device) for k, v in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_to(v, device) for v in value)
+        return type(value)(to_device(v, device) for v in value)
     return value

@@ -25,6 +25,10 @@ class Memo:
         for child in begun - {p.partition(".")[0] for p in open_paths} - self.left_out:
             self.outputs.setdefault(child, {})
 
+    def forget(self) -> None:
+        """What was finished is to change."""
+        self.outputs.clear()
+
     @contextmanager
     def during(self, i: int) -> Iterator[None]:
         """Inside, finished children answer micro-batch `i` from memory, or remember what they compute."""

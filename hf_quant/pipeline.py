@@ -37,8 +37,10 @@ from hf_quant.sites import SiteGroup, covering, linear_shape
 from hf_quant.solve import Solved, Split, solve
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.transform import Diagonal, Online, OnlineTransform, PairTransform, Transform, WholeTransform
+from hf_quant.stages.tuner import Tuner, Unit
 from hf_quant.stats import Stat, State
 from hf_quant.trained import train
+from hf_quant.tuning import Surroundings, tune, updated
 
 
 def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
@@ -130,12 +132,16 @@ class _Loop:
     batches: list[Batch]
     run_dir: RunDir
     gradients: dict[str, dict[Stat, State]] = field(default_factory=dict)  # of sites that want them, before any change
+    floats: dict[str, nn.Module] = field(default_factory=dict)  # every site's float layer, when a late unit needs them
 
     def run(self) -> list[Entry]:
-        """Every block in order, then the sites outside all blocks."""
+        """Every block in order, then the sites outside all blocks, then units that span several."""
         entries: list[Entry] = []
         wanted = {p.site.name: p.recipe.needs for p in self.plan.sites.values() if p.recipe.needs}
         self.gradients = reduce_states(fisher_states(self.model, self.batches, wanted))
+        if self.plan.late:
+            names = [n for p in self.plan.sites.values() for n in (p.site.name, *p.shares)]
+            self.floats = {name: self.model.get_submodule(name) for name in names}
         with torch.no_grad():
             for site in [p for p in self.plan.sites.values() if p.site.kind == "embedding"]:
                 entries += self._finish_data_free(site.site.name, [site])
@@ -145,6 +151,8 @@ class _Loop:
                 for block in self._track(self.plan.blocks):
                     entries += self._finish_data_free(block, self.plan.in_block(block))
             entries += self._outside()
+            for unit in track(self.plan.late, description="tuning", enabled=self.job.progress and bool(self.plan.late)):
+                entries = self._late(unit, entries)
         return entries
 
     # ---- blocks -------------------------------------------------------------------------------------------------
@@ -171,7 +179,7 @@ class _Loop:
         next(progress, None)
 
     def _record(self) -> Recording:
-        sites = [p.site.name for p in self.plan.sites.values() if p.recipe.needs]
+        sites = [p.site.name for p in self.plan.sites.values() if p.recipe.needs or p.recipe.tuner]
         return record(self.model, self.plan.blocks, self.batches, self._home(), sites)
 
     def refuse_unreached(self) -> None:
@@ -179,7 +187,7 @@ class _Loop:
         self._refuse_unreached(union(self._record().reached))
 
     def _refuse_unreached(self, reached: set[str]) -> None:
-        planned = {p.site.name: p for p in self.plan.sites.values() if p.recipe.needs}
+        planned = {p.site.name: p for p in self.plan.sites.values() if p.recipe.needs or p.recipe.tuner}
         missed = [n for n, p in planned.items() if n not in reached and not self._excused(p)]
         if missed:
             raise CalibrationError(_unreached(covering(missed, planned)))
@@ -213,20 +221,32 @@ class _Loop:
         def run_fp(module: nn.Module, i: int) -> Tensor:
             return fp_recording.calls[i][name].run(module, twins[i], device)
 
+        units = self.plan.inside.get(name, ())
         two_streams = any(s.two_streams for p in plans for s in p.recipe.needs)
         # past the untouched block, before a rewrite or a resumed run changes it
-        passed = [run_fp(block, i).to(home) for i in range(len(twins))] if two_streams else twins
+        apart = two_streams or bool(units)
+        passed = [run_fp(block, i).to(home) for i in range(len(twins))] if apart else twins
         entries = self.run_dir.load(name, block)
         if entries is None:
             groups = find_groups(block, name, [p.site for p in plans], lambda b: run(b, 0)) if plans else []
             self._transform(block, name, groups, run)
             fp_block = copy.deepcopy(block) if two_streams else None
+            floats = {p.site.name: self.model.get_submodule(p.site.name) for p in plans}
             entries = []
             waves = self.recipe.traversal.waves(groups)
             for k, wave in enumerate(waves):
                 entries += self._wave(block, name, wave, run, (fp_block, run_fp) if fp_block is not None else None)
                 memo.finish(_paths(waves[: k + 1], name), _paths(waves[k + 1 :], name))
+            if units:
+                memo.forget()
+                around = Surroundings(
+                    self.model, floats, lambda i: run(block, i), lambda i: run_fp(block, i), self.batches, device
+                )
+                for unit in units:
+                    entries = updated(entries, tune(unit, self._tuner(), around, self.plan.sites, self.job.seed))
             self.run_dir.save(name, block, entries)
+            for module in self.floats.values():
+                module.to(home)
         hidden[:] = [run(block, i).to(home) for i in range(len(hidden))]
         twins[:] = passed
         block.to(home)
@@ -364,6 +384,28 @@ class _Loop:
             run = lambda m, i: run_model(m, self.batches[i], self._home())  # noqa: E731
             states = reduce_states(collect(self.model, run, self.batches, wanted, None))
         return [self._site(p, states.get(p.site.name)) for p in plans]
+
+    # ---- units that span more than a block ----------------------------------------------------------------------
+
+    def _late(self, unit: Unit, entries: list[Entry]) -> list[Entry]:
+        """Fit one, or take it from the run directory."""
+        held = nn.ModuleList([unit.sites[name] for name in unit.sites])
+        done = self.run_dir.load(f"tuned-{unit.name}", held)
+        if done is None:
+            run = lambda i: run_model(self.model, self.batches[i], self._home())  # noqa: E731
+            around = Surroundings(self.model, self.floats, run, run, self.batches, self._device())
+            tuned = tune(unit, self._tuner(), around, self.plan.sites, self.job.seed)
+            done = [e for e in updated(entries, tuned) if e.name.removesuffix(".weight") in tuned]
+            held = nn.ModuleList([self.model.get_submodule(name) for name in unit.sites])
+            self.run_dir.save(f"tuned-{unit.name}", held, done)
+        for name, module in zip(unit.sites, held, strict=True):
+            self.model.set_submodule(name, module)
+        by_name = {e.name: e for e in done}
+        return [by_name.get(e.name, e) for e in entries]
+
+    def _tuner(self) -> Tuner:
+        assert self.recipe.tuner is not None  # noqa: S101  there are units
+        return self.recipe.tuner
 
     # ---- small things -------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Plan: what will be done to every parameter, decided and checked before any work begins."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import floor, prod
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_quant.budget import Budget
+from hf_quant.distributed import processes
 from hf_quant.errors import ConfigError, UnsupportedModel, UnsupportedSpec
 from hf_quant.formats import Layer, PackedFormat, format_for, format_named
 from hf_quant.method import did_you_mean
@@ -17,6 +18,7 @@ from hf_quant.report import Entry
 from hf_quant.runtime.experts import Experts
 from hf_quant.sites import Site, covering, find_blocks, kept_reason, linear_shape, walk
 from hf_quant.stages.solver import Nearest
+from hf_quant.stages.tuner import Chain, Unit
 
 SMALL = 1024  # parameters up to this many elements are not worth a line in the coverage
 
@@ -40,13 +42,19 @@ class SitePlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Every site with its recipe, and an entry for every parameter that stays as it is."""
+    """Every site with its recipe, and an entry for every parameter that stays as it is.
+
+    Of the units that a tuner fits, those inside a block are fitted when that block is solved (`inside`), those that
+    span more of the model when all of it is (`late`).
+    """
 
     blocks: tuple[str, ...]
     sites: Mapping[str, SitePlan]
     kept: tuple[Entry, ...]
     small_bits: int = 0  # of what is stored besides and has no entry: biases, small norms, buffers
     budget: Budget | None = None
+    inside: Mapping[str, tuple[Unit, ...]] = field(default_factory=dict)
+    late: tuple[Unit, ...] = ()
 
     def in_block(self, block: str) -> list[SitePlan]:
         """The plans of the sites in this block ("" for those outside every block), in module order."""
@@ -180,7 +188,8 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
         )
     rest = _coverage(model, sites, reasons, job)
     budget = recipe.allocator.budget if recipe.allocator else None
-    plan = Plan(tuple(find_blocks(model)), sites, rest, _small_bits(model, sites, rest), budget)
+    inside, late = _units(model, recipe, sites) if recipe.tuner is not None else ({}, ())
+    plan = Plan(tuple(find_blocks(model)), sites, rest, _small_bits(model, sites, rest), budget, inside, late)
     _refuse_unreachable(plan)
     return plan
 
@@ -200,7 +209,7 @@ def _refuse_unreachable(plan: Plan) -> None:
 
 def _refuse_unrun(recipe: Recipe) -> None:
     """A stage that the loop does not run yet must not be passed over in silence."""
-    for stage in ("tuner", "serving", "cache"):
+    for stage in ("serving", "cache"):
         if getattr(recipe, stage):
             raise UnsupportedSpec(f"the recipe has a {stage}, which the loop does not run yet")
     if recipe.trainer is None:
@@ -208,6 +217,38 @@ def _refuse_unrun(recipe: Recipe) -> None:
     for stage in ("transforms", "splitter", "repairs", "inputs"):
         if getattr(recipe, stage):
             raise UnsupportedSpec(f"a trainer works on the weights as they are: the recipe cannot have {stage} too")
+
+
+def _units(
+    model: nn.Module, recipe: Recipe, sites: Mapping[str, SitePlan]
+) -> tuple[dict[str, tuple[Unit, ...]], tuple[Unit, ...]]:
+    """The units of the recipe's tuner: those inside each block, and those that span more."""
+    assert recipe.tuner is not None  # noqa: S101
+    if processes() > 1:
+        raise UnsupportedSpec("a tuner fits against all of the data: run it in one process")
+    if recipe.splitter is not None or recipe.repairs:
+        raise UnsupportedSpec("a tuner cannot fit codes beside branches: use it without a splitter and repairs")
+    mine = [p.site for p in sites.values() if p.recipe.tuner is not None and p.site.kind != "embedding"]
+    if other := [s.name for s in mine if sites[s.name].recipe.tuner != recipe.tuner]:
+        raise UnsupportedSpec(f"{other[0]}: an override cannot bring a tuner of its own; give it the same settings")
+    blocks = find_blocks(model)
+    inside: dict[str, tuple[Unit, ...]] = {}
+    late: list[Unit] = []
+    for unit in recipe.units.units(model, blocks, mine):
+        where = {sites[name].site.block for name in unit.sites}
+        block = where.pop() if len(where) == 1 else ""
+        within = bool(block) and any(m is unit.module for m in model.get_submodule(block).modules())
+        if within and unit.calls is None:
+            inside[block] = (*inside.get(block, ()), unit)
+        else:
+            late.append(unit)
+    if not inside and not late:
+        raise UnsupportedSpec(f"{type(recipe.units).__name__} finds nothing to fit in this model")
+    if late and recipe.transforms:
+        raise UnsupportedSpec(f"unit {late[0].name} spans more than a block, which a transform does not allow yet")
+    if late and recipe.tuner.loss.gradients and any(u.calls or not isinstance(u.module, Chain) for u in late):
+        raise UnsupportedSpec(f"{type(recipe.tuner.loss).__name__} weighs outputs inside a model: use units of blocks")
+    return inside, tuple(late)
 
 
 def ties(model: nn.Module) -> dict[str, str]:
@@ -238,6 +279,7 @@ def _tied_otherwise(model: nn.Module) -> dict[str, str]:
 def _site_plan(site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
     if site.kind == "embedding":  # a lookup has no activations to calibrate on
         plain = {"objective": None, "solver": Nearest(), "splitter": None, "grids": None, "repairs": (), "inputs": None}
+        plain["tuner"] = None
         recipe = replace(recipe, **plain)  # type: ignore[arg-type]
     if recipe.allocator is not None:
         return _open_plan(site, recipe, shares)
@@ -245,6 +287,8 @@ def _site_plan(site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
     refusal = recipe.solver.refuses(recipe.weights)
     if refusal:
         raise UnsupportedSpec(f"{type(recipe.solver).__name__}: {refusal}")
+    if recipe.tuner is not None and (refusal := recipe.tuner.refuses(recipe.weights, recipe.inputs)):
+        raise UnsupportedSpec(f"{type(recipe.tuner).__name__}: {refusal}")
     if recipe.format is None:
         return SitePlan(site, recipe, layer, format_for(layer), shares)
     fmt = format_named(recipe.format)

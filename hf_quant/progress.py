@@ -2,9 +2,27 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
+_SHOWN: ContextVar["Progress | None"] = ContextVar("bar", default=None)  # what is on the screen; changes no number
+
+
+def inner(iterable: Iterable[T], *, description: str, total: int) -> Iterator[T]:
+    """The items, with a second bar below the one that is shown while they last; silent where none is shown."""
+    bar = _SHOWN.get()
+    if bar is None:
+        yield from iterable
+        return
+    task = bar.add_task(description, total=total)
+    try:
+        yield from bar.track(iterable, total=total, task_id=task)
+    finally:
+        bar.remove_task(task)
 
 
 def track(iterable: Iterable[T], *, description: str, total: int | None = None, enabled: bool = True) -> Iterator[T]:
@@ -41,7 +59,12 @@ def track(iterable: Iterable[T], *, description: str, total: int | None = None, 
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield from bar.track(iterable, total=total, description=description)
+        before = _SHOWN.get()
+        _SHOWN.set(bar)  # not by token: a generator may end in another context than it began in
+        try:
+            yield from bar.track(iterable, total=total, description=description)
+        finally:
+            _SHOWN.set(before)
 
 
 def _watched() -> bool:

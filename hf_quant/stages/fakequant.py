@@ -69,6 +69,8 @@ def refuses_grid(spec: Spec) -> str | None:
     """None for what gradients can work on here: integer grids with float scales and no float zero points."""
     if not isinstance(spec.grid, IntGrid):
         return f"learned rounding takes integer grids, not {type(spec.grid).__name__}"
+    if spec.outer:
+        return "learned rounding takes no rotated weights and no scale of the whole tensor"
     if not isinstance(spec.scale, FloatGrid):
         return f"learned rounding takes scales of a float type, not {type(spec.scale).__name__}"
     return "learned rounding takes integer zero points or none" if spec.zero == "float" else None
