@@ -6,10 +6,10 @@ Learns for every weight whether it goes down or up, against what its unit puts o
     loss + weight * mean(1 - |2h - 1|^beta),     beta from 20 to 2, after a first fifth of the steps without it
 
 Shapes: W_NK weight; V_NK like it; scale and zero `[N, K / group_size]`, as the solver left them.
-Differs from the paper: units are blocks (`layers=True`: single layers), fed by the quantized path; begins at what
-the solver gave, V so that h is the part of W/s above the lower of the two neighbours; the penalty is a mean, in units
-of the hard loss at the start, so that one weight suits every model; Adam at 1e-2 with a cosine schedule and 1000 steps (the
-paper: 1e-3 and 20000); the best of several hard checks is kept.
+Differs from the paper: units are blocks (`layers=True`: single layers), fed by the quantized path; begins at what the
+solver gave, V so that h is the part of W/s above the lower of the two neighbours; the penalty is a mean, in units of
+the hard loss at the start, so that one weight suits every model; Adam at 1e-2 with a cosine schedule and 1000 steps
+(the paper: 1e-3 and 20000); the best of several hard checks is kept.
 """
 
 from collections.abc import Sequence
