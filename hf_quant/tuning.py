@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,9 +80,9 @@ class Surroundings:
                 targets = [loss.remember(first_tensor(unit.module(*a, **k))).to(CPU) for a, k in calls]
             return [Example(call, call, target) for call, target in zip(unit.calls, targets, strict=True)]
         count = len(self.batches)
-        calls = [_watch(unit, lambda i=i: self.run(i), None)[0] for i in range(count)]
+        calls = [_watch(unit, partial(self.run, i), None)[0] for i in range(count)]
         with floating(self.model, self.floats):
-            seen = [_watch(unit, lambda i=i: self.run_fp(i), loss) for i in range(count)]
+            seen = [_watch(unit, partial(self.run_fp, i), loss) for i in range(count)]
             weights: list[Tensor | None] = [None] * count
             if loss.gradients:
                 weights = [_squared_gradient(self.model, unit, b, seed + i) for i, b in enumerate(self.batches)]
@@ -166,8 +167,8 @@ def _watch(unit: Unit, run: Callable[[], Any], loss: UnitLoss | None) -> tuple[C
             f"{unit.name} does not run on every calibration batch (an expert without tokens, a branch not taken), so "
             "there is nothing to fit it against; use units of whole blocks, or a method without a tuner there"
         )
-    (args, kwargs), rest = calls[0], tuple(calls[1:])
-    return (args, {**kwargs, "rest": rest} if rest else kwargs), kept[0] if kept else None
+    call = (tuple(calls), {}) if isinstance(unit.module, Chain) else calls[0]
+    return call, kept[0] if kept else None
 
 
 def _own(args: tuple[Any, ...]) -> tuple[Any, ...]:

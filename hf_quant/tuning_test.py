@@ -275,4 +275,4 @@ def test_an_override_may_go_without_the_tuner() -> None:
 def test_a_chain_computes_what_its_parts_do() -> None:
     parts = [nn.Linear(4, 4), nn.Linear(4, 4)]
     x = torch.randn(3, 4)
-    assert Chain(parts)(x, rest=(((), {}),)).equal(parts[1](parts[0](x)))
+    assert Chain(parts)(((x,), {}), ((), {})).equal(parts[1](parts[0](x)))

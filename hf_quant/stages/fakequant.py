@@ -76,6 +76,12 @@ def refuses_grid(spec: Spec) -> str | None:
     return "learned rounding takes integer zero points or none" if spec.zero == "float" else None
 
 
+def bounds(spec: Spec) -> tuple[int, int]:
+    """Smallest and largest value of an integer grid."""
+    assert isinstance(spec.grid, IntGrid)  # noqa: S101  see `refuses_grid`
+    return spec.grid.low, spec.grid.high
+
+
 class _Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, hard: Tensor) -> Tensor:  # noqa: ANN401

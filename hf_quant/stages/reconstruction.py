@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from hf_quant.progress import inner
 from hf_quant.runtime.activation import fake_quantize, pack_input, refuses
 from hf_quant.sites import linear_shape
 from hf_quant.spec import Spec
-from hf_quant.stages.fakequant import FakeQuant, Learned, Rounding, exactly
+from hf_quant.stages.fakequant import FakeQuant, Learned, Rounding, bounds, exactly
 from hf_quant.stages.tuner import Call, Example, Fitted, Unit, UnitLoss
 
 
@@ -100,9 +100,9 @@ class InputQuant(nn.Module):
         if self.range is None:
             soft, hard = x_TK.float(), fake_quantize(x_TK.detach(), self.spec, {})
         else:
-            zero, s, grid = self.range[1], self.range[0] * self.r.exp(), self.spec.grid
+            zero, s = self.range[1], self.range[0] * self.r.exp()
             at = x_TK.float() / s + (0 if zero is None else zero)
-            at = at.clamp(grid.low, grid.high)  # type: ignore[attr-defined]  an IntGrid, see `refuses`
+            at = at.clamp(*bounds(self.spec))
             soft = (exactly(at, at.round()) - (0 if zero is None else zero)) * s
             hard = fake_quantize(x_TK.detach(), self.spec, pack_input(s, zero))
         out = exactly(soft.to(x.dtype), hard)
@@ -133,8 +133,8 @@ class _OnWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The stored weight's shape and type."""
-        W_NK = self.fake(self.matrix(weight)).to(weight.dtype)
-        return W_NK.T if self.transposed else W_NK.reshape(weight.shape)
+        W_NK: Tensor = self.fake(self.matrix(weight)).to(weight.dtype)
+        return W_NK.mT if self.transposed else W_NK.reshape(weight.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,11 +323,14 @@ class _Fit:
         if self.how.share == 1:
             return example.call
 
-        def mix(q: object, fp: object) -> object:
+        def mix(q: Any, fp: Any) -> Any:  # noqa: ANN401  nested arguments of any kind
             if isinstance(q, Tensor) and isinstance(fp, Tensor) and q.is_floating_point() and q is not fp:
                 return torch.where(torch.rand(q.shape, generator=self.generator) < self.how.share, q, fp)
+            if isinstance(q, tuple) and isinstance(fp, tuple):
+                return tuple(mix(a, b) for a, b in zip(q, fp, strict=True))
+            if isinstance(q, dict) and isinstance(fp, dict):
+                return {name: mix(value, fp[name]) for name, value in q.items()}
             return q
 
-        (args, kwargs), (fp_args, fp_kwargs) = example.call, example.fp_call
-        mixed = tuple(mix(a, b) for a, b in zip(args, fp_args, strict=True))
-        return mixed, {name: mix(value, fp_kwargs[name]) for name, value in kwargs.items()}
+        mixed: Call = mix(example.call, example.fp_call)
+        return mixed

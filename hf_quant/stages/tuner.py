@@ -17,16 +17,16 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of one forward
 class Chain(nn.Module):
     """Modules that run one after the other in the model, each on the hidden states of the one before.
 
-    Called with the first module's arguments, and `rest`: the calls of the others, without their hidden states.
+    Called with the call of the first module, and those of the others without their hidden states.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def forward(self, *args: Any, rest: Sequence[Call] = (), **kwargs: Any) -> Any:  # noqa: ANN401
+    def forward(self, first: Call, *rest: Call) -> Any:  # noqa: ANN401
         """What the last module returns."""
-        out = self.parts[0](*args, **kwargs)
+        out = self.parts[0](*first[0], **first[1])
         for part, (more, named) in zip(list(self.parts)[1:], rest, strict=True):
             out = part(out if isinstance(out, Tensor) else out[0], *more, **named)
         return out

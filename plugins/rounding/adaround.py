@@ -23,7 +23,7 @@ from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
-from hf_quant.stages.fakequant import FakeQuant, Learned, refuses_grid
+from hf_quant.stages.fakequant import FakeQuant, Learned, bounds, refuses_grid
 from hf_quant.stages.reconstruction import Reconstruction
 from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.tuner import BlockUnits, LayerUnits
@@ -35,12 +35,11 @@ FREE = 0.2  # of the steps have no penalty
 def neighbours(W_NK: Tensor, q: QTensor) -> tuple[Tensor, Tensor]:
     """(below, at): of the two codes on either side of a weight, one of them the solver's, the lower; and the weight
     in steps above it, inside [0, 1] and on the solver's side of one half."""
-    grid = q.spec.grid
-    value = grid.decode(q.codes)
+    value = q.spec.grid.decode(q.codes)
     steps = W_NK.float() / expand(q.scale, q.spec, q.shape)
     if q.zero is not None:
         steps = steps + expand(q.zero, q.spec, q.shape)
-    low, high = grid.low, grid.high  # type: ignore[attr-defined]  an IntGrid, see `refuses_grid`
+    low, high = bounds(q.spec)
     below = torch.where(steps >= value, value, value - 1).clamp(low, high - 1)
     at = (steps - below).clamp(0, 1)
     up = value > below

@@ -24,7 +24,7 @@ from hf_quant.plugins.rounding.gptq import Gptq
 from hf_quant.qtensor import QTensor, expand, round_scale
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
-from hf_quant.stages.fakequant import FakeQuant, Learned, exactly, refuses_grid
+from hf_quant.stages.fakequant import FakeQuant, Learned, bounds, exactly, refuses_grid
 from hf_quant.stages.objective import LayerMse
 from hf_quant.stages.reconstruction import Kl, Reconstruction
 from hf_quant.stages.sampler import TextSampler
@@ -53,8 +53,8 @@ class LsqFake(FakeQuant):
 
     def forward(self, W_NK: Tensor) -> Tensor:
         """The value of the codes, to the bit."""
-        q, grid = self.q, self.q.spec.grid
-        inside = self.U.clamp(grid.low, grid.high)  # type: ignore[attr-defined]  an IntGrid, see `refuses_grid`
+        q = self.q
+        inside = self.U.clamp(*bounds(q.spec))
         value = exactly(inside, inside.detach().round())
         if q.zero is not None:
             value = value - expand(q.zero, q.spec, q.shape)
