@@ -19,7 +19,7 @@ from hf_quant.solve import solve
 
 
 def plan_on_load(model: nn.Module, recipe: Recipe, job: Job) -> Plan | None:
-    """The plan for a model whose weights are still on disk; None when the recipe needs data, all weights, or a running model.
+    """The plan for a model whose weights are still on disk; None when the recipe needs data or the whole model.
 
     The model itself stays whole, as the loader knows it; the plan is made on a twin that is taken apart.
     """

@@ -139,7 +139,7 @@ def test_loading_needs_no_method() -> None:
 
 
 def test_no_public_function_swallows_keyword_arguments() -> None:
-    """Frameworks pass the integrations what they like, and whoever makes a config a method's arguments; else no `**`."""
+    """Frameworks pass the integrations what they like, and a config's makers a method's arguments; else no `**`."""
     wrong = []
     for path in sources("hf_quant", "plugins", "kernels"):
         if under(module_name(path), "hf_quant.integrations", "hf_quant.config", "hf_quant.testing"):
