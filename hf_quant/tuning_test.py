@@ -20,7 +20,7 @@ from transformers import (
 from hf_quant.errors import ConfigError, UnsupportedModel, UnsupportedSpec
 from hf_quant.pipeline import quantize
 from hf_quant.plugins.rounding.gptq import gptq
-from hf_quant.plugins.rounding.lsq import Lsq
+from hf_quant.plugins.rounding.lsq_ptq import Lsq
 from hf_quant.plugins.transforms.awq import awq
 from hf_quant.recipe import Job, Recipe
 from hf_quant.runtime.linear import QuantLinear

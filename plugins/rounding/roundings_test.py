@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_quant.grids import IntGrid
 from hf_quant.plugins.rounding.adaround import AdaRound
 from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.plugins.rounding.lsq import Lsq
+from hf_quant.plugins.rounding.lsq_ptq import Lsq
 from hf_quant.qtensor import QTensor
 from hf_quant.spec import Spec, int_spec
 from hf_quant.stages.fakequant import FakeQuant, Rounding

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_quant.plugins.rounding.lsq import EDGE, Lsq, LsqFake
+from hf_quant.plugins.rounding.lsq_ptq import EDGE, Lsq, LsqFake
 from hf_quant.qtensor import QTensor
 from hf_quant.spec import int_spec
 from hf_quant.stages.range import AbsMaxRange
@@ -51,8 +51,8 @@ def test_what_has_no_learning_rate_stays() -> None:
 
 def test_claim_in_few_steps(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """On held-out text."""
-    ours, gptq = judge.kl("lsq", steps=24, **SETTING), judge.kl("gptq", **SETTING)
-    claims.order("lsq", "KL below gptq's, 2 bits in groups of 64, 24 steps", ours=[ours], theirs=[gptq])
+    ours, gptq = judge.kl("lsq-ptq", steps=24, **SETTING), judge.kl("gptq", **SETTING)
+    claims.order("lsq-ptq", "KL below gptq's, 2 bits in groups of 64, 24 steps", ours=[ours], theirs=[gptq])
 
 
 @pytest.mark.slow
@@ -60,5 +60,5 @@ def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """At the default number of steps, over three calibration sets that share nothing."""
     for bits in (2, 3):
         setting = {"bits": bits, "group_size": 64}
-        ours, gptq = ([judge.kl(m, seed=seed, **setting) for seed in range(3)] for m in ("lsq", "gptq"))
-        claims.order("lsq", f"KL below gptq's, {bits} bits in groups of 64", ours=ours, theirs=gptq)
+        ours, gptq = ([judge.kl(m, seed=seed, **setting) for seed in range(3)] for m in ("lsq-ptq", "gptq"))
+        claims.order("lsq-ptq", f"KL below gptq's, {bits} bits in groups of 64", ours=ours, theirs=gptq)

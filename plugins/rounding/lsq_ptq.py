@@ -92,12 +92,12 @@ class Lsq:
 
 
 @method(
-    "lsq",
+    "lsq-ptq",
     paper=Paper("1902.08153", "Learned Step Size Quantization"),
     domains={"llm", "vit"},
     claim="KL to full precision below gptq's, where it begins, at 3 and 2 bits, on text that was not calibrated on",
 )
-def lsq(
+def lsq_ptq(
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = False,
