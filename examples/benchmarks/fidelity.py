@@ -3,11 +3,12 @@
 Each model is quantized, saved, loaded back and then measured: what a user gets, not what was in memory. The peers'
 figures were measured before with the same windows (peers.json says how) and are copied, not run, here.
 
-Beside it stands how far the layers are from the Gaussian rate-distortion bound at their true bits, in the metric of
-their inputs on the test windows. Rows measured before, on the same model and tokens, are kept unless they are measured
-again.
+Beside each row stand the best peer for the same method at the same bits (`best_peer`), the best peer whatever its
+method at no more than 2.25, 3.25 or 4.25 bits (`mark`), and how far the layers are from the Gaussian rate-distortion
+bound at their true bits, in the metric of their inputs on the test windows. Rows measured before, on the same model and
+tokens, are kept unless they are measured again.
 
-    python fidelity.py MODEL CALIBRATION.npy TEST.npy [--methods gptq-refined --group-size 96]
+    python fidelity.py MODEL CALIBRATION.npy TEST.npy [--methods gptq-refined --budgets "4.25 bits"]
 """
 
 import argparse
@@ -35,6 +36,8 @@ from hf_quant.stats import Gram, Seen, hessian
 
 HERE = Path(__file__).resolve().parent
 METHODS = ["rtn", "awq", "gptq", "gptaq", "foem", "rescomp", "gpfq", "comq", "quantease", "coreq", "gptq-refined"]
+Rows = dict[tuple[str, int | str, int], dict]
+LIMITS = (2.25, 3.25, 4.25)  # true bits at which methods are compared whatever they are
 SAME_BITS = 0.06  # true bits a weight by which two checkpoints of one bit width differ in what they store beside codes
 
 
@@ -54,23 +57,25 @@ def main() -> None:
         store(original, test, folder, window=arguments.window, tokens=test.numel(), progress=False)
         metrics = input_metrics(original, test)
         for method in arguments.methods:
-            for bits in arguments.bits:
-                row = measure(arguments, method, bits, calibration, folder, test, original, metrics)
-                peer = best_peer(peers, method, row["bits"])
+            for size in arguments.budgets or arguments.bits:
+                row = measure(arguments, method, size, calibration, folder, test, original, metrics)
+                peer, mark = best_peer(peers, method, row["bits"]), best_mark(peers, row["bits"])
                 row |= {"best_peer": peer, "kl_ratio": round(row["kl"] / peer["kl"], 3)} if peer else {}
-                rows[method, bits, arguments.group_size] = row
+                row |= {"mark": mark, "mark_ratio": round(row["kl"] / mark["kl"], 3)} if mark else {}
+                rows[method, size, arguments.group_size] = row
                 print(line(row), flush=True)
                 write(arguments.out, about, rows)
 
 
-def rows_before(out: Path, about: dict) -> dict[tuple[str, int, int], dict]:
-    """Rows of an earlier run on the same model and tokens, by method, width and group size."""
+def rows_before(out: Path, about: dict) -> Rows:
+    """Rows of an earlier run on the same model and tokens, by method, width or budget, and group size."""
     before = json.loads(out.read_text()) if out.is_file() else {}
     same = all(before.get(name) == value for name, value in about.items())
-    return {(row["method"], row["width"], row["group_size"]): row for row in before["rows"]} if same else {}
+    kept = before["rows"] if same else []
+    return {(row["method"], row["width"] or row["budget"], row["group_size"]): row for row in kept}
 
 
-def write(out: Path, about: dict, rows: dict[tuple[str, int, int], dict]) -> None:
+def write(out: Path, about: dict, rows: Rows) -> None:
     result = about | {
         "peers": "peers.json",
         "versions": {"hf-quant": hf_quant.__version__, **{n: version(n) for n in ("torch", "transformers")}},
@@ -131,6 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("test", type=Path, help=".npy of token ids [n]")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
+    parser.add_argument("--budgets", nargs="+", help='sizes instead of widths, such as "4.25 bits"')
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--rows", type=int, default=128, help="calibration rows")
     parser.add_argument("--window", type=int, default=512)
@@ -149,7 +155,7 @@ def spread(tokens: np.ndarray, window: int, count: int) -> torch.Tensor:
 def measure(
     arguments: argparse.Namespace,
     method: str,
-    bits: int,
+    size: int | str,
     calibration: torch.Tensor,
     logits: str,
     test: torch.Tensor,
@@ -157,7 +163,8 @@ def measure(
     metrics: dict[str, torch.Tensor],
 ) -> dict:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
-    config = hf_quant.QuantConfig(method, bits=bits, group_size=arguments.group_size)
+    asked = {"budget": size} if isinstance(size, str) else {"bits": size}
+    config = hf_quant.QuantConfig(method, **asked, group_size=arguments.group_size)
     began = time.perf_counter()
     hf_quant.quantize(model, config, data=calibration)
     seconds = time.perf_counter() - began
@@ -168,7 +175,8 @@ def measure(
         gap = distance(original, loaded, metrics, measured.bits_per_weight)
     return {
         "method": method,
-        "width": bits,
+        "width": None if isinstance(size, str) else size,
+        "budget": size if isinstance(size, str) else None,
         "group_size": arguments.group_size,
         "bits": round(measured.bits_per_weight, 4),
         "kl": round(measured.kl, 6),
@@ -187,15 +195,20 @@ def best_peer(peers: list[dict], method: str, bits: float) -> dict | None:
     return min(same, key=lambda peer: peer["kl"], default=None)
 
 
+def best_mark(peers: list[dict], bits: float) -> dict | None:
+    """The lowest KL of any method at no more than the limit that `bits` stay below."""
+    limit = min((at for at in LIMITS if bits <= at), default=None)
+    return limit and min((peer for peer in peers if peer["bits"] <= limit), key=lambda peer: peer["kl"])
+
+
 def line(row: dict) -> str:
-    text = f"{row['method']:5s} {row['width']} bits ({row['bits']:.3f})  KL {row['kl']:.5f} +- {row['kl_error']:.5f}"
+    text = f"{row['method']:5s} {row['budget'] or row['width']} ({row['bits']:.3f} bits)"
+    text += f"  KL {row['kl']:.5f} +- {row['kl_error']:.5f}"
     text += f"  top-1 {row['top1']:.2f} %  perplexity {row['perplexity']:.3f}  {row['seconds']:.1f} s"
-    peer = row.get("best_peer")
-    return (
-        text
-        if peer is None
-        else text + f"   {peer['library']} {peer['method']}: KL {peer['kl']:.5f}, x{row['kl_ratio']:.2f}"
-    )
+    for name, ratio in (("best_peer", "kl_ratio"), ("mark", "mark_ratio")):
+        if peer := row.get(name):
+            text += f"   {peer['library']} {peer['method']}: KL {peer['kl']:.5f}, x{row[ratio]:.2f}"
+    return text
 
 
 if __name__ == "__main__":
