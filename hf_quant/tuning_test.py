@@ -20,7 +20,7 @@ from transformers import (
 from hf_quant.errors import ConfigError, UnsupportedModel, UnsupportedSpec
 from hf_quant.pipeline import quantize
 from hf_quant.plugins.rounding.gptq import gptq
-from hf_quant.plugins.rounding.lsq_ptq import Lsq
+from hf_quant.plugins.rounding.lsq_ptq import Places
 from hf_quant.plugins.transforms.awq import awq
 from hf_quant.recipe import Job, Recipe
 from hf_quant.runtime.linear import QuantLinear
@@ -41,7 +41,7 @@ from hf_quant.stages.tuner import (
 )
 from hf_quant.tuning import Surroundings
 
-ROUNDING = Lsq(lr=0.02, scale_lr=1e-3)  # a few steps turn some weights
+ROUNDING = Places(lr=0.02, scale_lr=1e-3)  # a few steps turn some weights
 
 
 BLOCKWISE, MSE = BlockUnits(), Mse()

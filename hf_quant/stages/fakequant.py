@@ -2,17 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hf_quant.grids import FloatGrid, IntGrid
-from hf_quant.qtensor import QTensor
+from hf_quant.qtensor import QTensor, expand, round_scale
 from hf_quant.runtime.branches import Branch
 from hf_quant.spec import Spec
 
 Learned = tuple[nn.Parameter, float]  # what is learned, and its learning rate
+EDGE = 0.49  # how far from its code a weight may start, in steps: short of the threshold
 
 
 class FakeQuant(nn.Module, ABC):
@@ -96,3 +98,56 @@ def exactly(x: Tensor, hard: Tensor) -> Tensor:
     """`hard` to the bit, with the gradient of `x` (straight-through; `x + (hard - x)` would be off by a rounding)."""
     result: Tensor = _Through.apply(x, hard)  # type: ignore[no-untyped-call]
     return result
+
+
+class Estimator(Protocol):
+    """What stands for the derivative of rounding."""
+
+    def round(self, x: Tensor, low: int, high: int) -> Tensor:
+        """`clamp(round(x), low, high)` to the bit, with a gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """Straight through inside the range, nothing outside (arXiv:1308.3432, and LSQ's form)."""
+
+    def round(self, x: Tensor, low: int, high: int) -> Tensor:
+        """See `Estimator.round`."""
+        inside = x.clamp(low, high)
+        return exactly(inside, inside.detach().round())
+
+
+@dataclass(frozen=True, slots=True)
+class Straight:
+    """Straight through everywhere (plain STE): values beyond the range go on moving."""
+
+    def round(self, x: Tensor, low: int, high: int) -> Tensor:
+        """See `Estimator.round`."""
+        return exactly(x, x.detach().round().clamp(low, high))
+
+
+def stored(scale: Tensor, spec: Spec) -> Tensor:
+    """The scale as it is saved, with the gradient of the one that is learned."""
+    return exactly(scale, round_scale(scale.detach(), spec))
+
+
+def steps_of(W_NK: Tensor, q: QTensor) -> Tensor:
+    """Where the weights lie on their grid: `W / s + z`, in steps."""
+    steps = W_NK.float() / expand(q.scale, q.spec, q.shape)
+    return steps if q.zero is None else steps + expand(q.zero, q.spec, q.shape)
+
+
+def latent(W_NK: Tensor, q: QTensor, edge: float = EDGE) -> Tensor:
+    """`steps_of`, moved no further than into the cell of the solver's code, so that they round to it.
+
+    `edge` is how far from the code one may lie, in steps: near 0.5 many weights begin at the threshold.
+    """
+    values = q.spec.grid.decode(q.codes)
+    return values + (steps_of(W_NK, q) - values).clamp(-edge, edge)
+
+
+def values_of(steps: Tensor, scale: Tensor, q: QTensor) -> Tensor:
+    """What rounded steps are worth at a scale: `s (steps - z)`, as `QTensor.dequantize` computes it."""
+    if q.zero is not None:
+        steps = steps - expand(q.zero, q.spec, q.shape)
+    return steps * expand(scale, q.spec, q.shape)

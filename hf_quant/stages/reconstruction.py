@@ -24,7 +24,7 @@ from hf_quant.progress import inner
 from hf_quant.runtime.activation import fake_quantize, pack_input, refuses
 from hf_quant.sites import linear_shape
 from hf_quant.spec import Spec
-from hf_quant.stages.fakequant import FakeQuant, Learned, Rounding, bounds, exactly
+from hf_quant.stages.fakequant import Clipped, FakeQuant, Learned, Rounding, bounds, exactly
 from hf_quant.stages.tuner import Call, Example, Fitted, Unit, UnitLoss
 
 
@@ -102,8 +102,7 @@ class InputQuant(nn.Module):
         else:
             zero, s = self.range[1], self.range[0] * self.r.exp()
             at = x_TK.float() / s + (0 if zero is None else zero)
-            at = at.clamp(*bounds(self.spec))
-            soft = (exactly(at, at.round()) - (0 if zero is None else zero)) * s
+            soft = (Clipped().round(at, *bounds(self.spec)) - (0 if zero is None else zero)) * s
             hard = fake_quantize(x_TK.detach(), self.spec, pack_input(s, zero))
         out = exactly(soft.to(x.dtype), hard)
         if self.training and self.share < 1:

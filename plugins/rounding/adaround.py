@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
-from hf_quant.qtensor import QTensor, expand
+from hf_quant.qtensor import QTensor
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
-from hf_quant.stages.fakequant import FakeQuant, Learned, bounds, refuses_grid
+from hf_quant.stages.fakequant import FakeQuant, Learned, bounds, refuses_grid, steps_of, values_of
 from hf_quant.stages.reconstruction import Reconstruction
 from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.tuner import BlockUnits, LayerUnits
@@ -36,9 +36,7 @@ def neighbours(W_NK: Tensor, q: QTensor) -> tuple[Tensor, Tensor]:
     """(below, at): of the two codes on either side of a weight, one of them the solver's, the lower; and the weight
     in steps above it, inside [0, 1] and on the solver's side of one half."""
     value = q.spec.grid.decode(q.codes)
-    steps = W_NK.float() / expand(q.scale, q.spec, q.shape)
-    if q.zero is not None:
-        steps = steps + expand(q.zero, q.spec, q.shape)
+    steps = steps_of(W_NK, q)
     low, high = bounds(q.spec)
     below = torch.where(steps >= value, value, value - 1).clamp(low, high - 1)
     at = (steps - below).clamp(0, 1)
@@ -64,10 +62,7 @@ class AdaRoundFake(FakeQuant):
         """Between the two neighbours; on one of them when hard."""
         if self.hard:
             return self.export(W_NK).dequantize()
-        q, value = self.q, self.below + self.h()
-        if q.zero is not None:
-            value = value - expand(q.zero, q.spec, q.shape)
-        return value * expand(q.scale, q.spec, q.shape)
+        return values_of(self.below + self.h(), self.q.scale, self.q)
 
     def export(self, W_NK: Tensor) -> QTensor:
         """Up where V >= 0."""

@@ -9,7 +9,8 @@ Shapes: W_NK weight; U_NK; s and z `[N, K / group_size]`.
 Differs from the paper: begins at GPTQ's codes and steps and takes some hundred steps of Adam, where the paper trains a
 network on its labelled data; U keeps the float weight where GPTQ rounded it to the nearest code, and is put on
 GPTQ's side of the threshold elsewhere; s is learned as a logarithm and rounded to its stored type in every forward;
-Adam makes the paper's scaling of its gradient needless; zero points stay.
+Adam makes the paper's scaling of its gradient needless; zero points stay. A changed step moves values and leaves codes
+(the paper's own form, see `lsq`, moves codes: after 24 steps at 2 bits on tiny-lm its KL was 0.072, this one's 0.066).
 """
 
 from collections.abc import Sequence
@@ -21,10 +22,19 @@ from torch import Tensor, nn
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.qtensor import QTensor, expand, round_scale
+from hf_quant.qtensor import QTensor
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
-from hf_quant.stages.fakequant import FakeQuant, Learned, bounds, exactly, refuses_grid
+from hf_quant.stages.fakequant import (
+    Clipped,
+    FakeQuant,
+    Learned,
+    bounds,
+    latent,
+    refuses_grid,
+    stored,
+    values_of,
+)
 from hf_quant.stages.objective import LayerMse
 from hf_quant.stages.reconstruction import Kl, Reconstruction
 from hf_quant.stages.sampler import TextSampler
@@ -33,32 +43,22 @@ from hf_quant.stages.tuner import ModelUnit
 EDGE = 0.45  # how far from its code a weight may start, in steps: short of the threshold
 
 
-class LsqFake(FakeQuant):
+class PlacesFake(FakeQuant):
     """See the module."""
 
     def __init__(self, W_NK: Tensor, q: QTensor, lr: float, scale_lr: float) -> None:
         super().__init__()
         self.q, self.lr, self.scale_lr = q, lr, scale_lr
-        codes = q.spec.grid.decode(q.codes)
-        steps = W_NK.float() / expand(q.scale, q.spec, q.shape)
-        if q.zero is not None:
-            steps = steps + expand(q.zero, q.spec, q.shape)
-        self.U = nn.Parameter(codes + (steps - codes).clamp(-EDGE, EDGE))
+        self.U = nn.Parameter(latent(W_NK, q, EDGE))
         self.r = nn.Parameter(torch.zeros_like(q.scale))
 
     def scale(self) -> Tensor:
         """The steps as they will be stored."""
-        s = self.q.scale * self.r.exp()
-        return exactly(s, round_scale(s.detach(), self.q.spec))
+        return stored(self.q.scale * self.r.exp(), self.q.spec)
 
     def forward(self, W_NK: Tensor) -> Tensor:
         """The value of the codes, to the bit."""
-        q = self.q
-        inside = self.U.clamp(*bounds(q.spec))
-        value = exactly(inside, inside.detach().round())
-        if q.zero is not None:
-            value = value - expand(q.zero, q.spec, q.shape)
-        return value * expand(self.scale(), q.spec, q.shape)
+        return values_of(Clipped().round(self.U, *bounds(self.q.spec)), self.scale(), self.q)
 
     def export(self, W_NK: Tensor) -> QTensor:
         """The nearest codes to U."""
@@ -71,8 +71,8 @@ class LsqFake(FakeQuant):
 
 
 @dataclass(frozen=True, slots=True)
-class Lsq:
-    """Free weights and steps, straight-through.
+class Places:
+    """Places on the grid and its steps, straight-through.
 
     Attributes:
         lr: learning rate of U, in steps of the grid; 0 keeps the codes.
@@ -88,7 +88,7 @@ class Lsq:
 
     def start(self, W_NK: Tensor, q: QTensor, generator: torch.Generator) -> FakeQuant:
         """See `Rounding.start`."""
-        return LsqFake(W_NK, q, self.lr, self.scale_lr)
+        return PlacesFake(W_NK, q, self.lr, self.scale_lr)
 
 
 @method(
@@ -115,5 +115,5 @@ def lsq_ptq(
         objective=LayerMse(),
         solver=Gptq(damp=damp),
         units=ModelUnit(),
-        tuner=Reconstruction(Lsq(lr=lr, scale_lr=scale_lr), loss=Kl(), steps=steps, checks=2),
+        tuner=Reconstruction(Places(lr=lr, scale_lr=scale_lr), loss=Kl(), steps=steps, checks=2),
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_quant.plugins.rounding.lsq_ptq import EDGE, Lsq, LsqFake
+from hf_quant.plugins.rounding.lsq_ptq import EDGE, Places, PlacesFake
 from hf_quant.qtensor import QTensor
 from hf_quant.spec import int_spec
 from hf_quant.stages.range import AbsMaxRange
@@ -19,7 +19,7 @@ def start() -> tuple[torch.Tensor, QTensor]:
 
 def test_weights_begin_where_they_are_and_no_further_than_the_edge() -> None:
     W, q = start()
-    fake = LsqFake(W, q, 1e-3, 1e-3)
+    fake = PlacesFake(W, q, 1e-3, 1e-3)
     codes = q.spec.grid.decode(q.codes)
     away = (fake.U.detach() - codes).abs()
     assert away.max() <= EDGE + 1e-6
@@ -29,7 +29,7 @@ def test_weights_begin_where_they_are_and_no_further_than_the_edge() -> None:
 def test_gradients_are_those_of_the_formula() -> None:
     """dL/dU = s dL/dW^; dL/dr = s (round(U) - z) dL/dW^, summed over the group."""
     W, q = start()
-    fake = LsqFake(W, q, 1e-3, 1e-3)
+    fake = PlacesFake(W, q, 1e-3, 1e-3)
     g = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
     (fake(W) * g).sum().backward()
     s = q.scale.repeat_interleave(16, 1)
@@ -45,8 +45,8 @@ def test_gradients_are_those_of_the_formula() -> None:
 def test_what_has_no_learning_rate_stays() -> None:
     W, q = start()
     generator = torch.Generator()
-    assert [p.shape for p, _ in Lsq(lr=0.0).start(W, q, generator).learned()] == [q.scale.shape]
-    assert [p.shape for p, _ in Lsq(scale_lr=0.0).start(W, q, generator).learned()] == [W.shape]
+    assert [p.shape for p, _ in Places(lr=0.0).start(W, q, generator).learned()] == [q.scale.shape]
+    assert [p.shape for p, _ in Places(scale_lr=0.0).start(W, q, generator).learned()] == [W.shape]
 
 
 def test_claim_in_few_steps(judge, claims) -> None:  # type: ignore[no-untyped-def]

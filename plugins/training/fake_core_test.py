@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.plugins.training.fake_core import Clipped, Straight
 from hf_quant.plugins.training.l4q import L4q
 from hf_quant.plugins.training.lr_qat import LrQat
 from hf_quant.plugins.training.lsq import Lsq
 from hf_quant.plugins.training.qlora import Qlora
 from hf_quant.spec import Spec, act_spec, int_spec
+from hf_quant.stages.fakequant import Clipped, Straight
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stages.range import AbsMaxRange
 

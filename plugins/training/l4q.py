@@ -16,20 +16,21 @@ from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.plugins.training.fake_core import (
-    Clipped,
-    Estimator,
-    LowRankTerm,
-    grid_of,
-    latent,
-    refuses,
-    scaled_gradient,
-    stored,
-)
+from hf_quant.plugins.training.fake_core import LowRankTerm, scaled_gradient
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
-from hf_quant.stages.fakequant import FakeQuant, Learned, exactly
+from hf_quant.stages.fakequant import (
+    Clipped,
+    Estimator,
+    FakeQuant,
+    Learned,
+    bounds,
+    exactly,
+    latent,
+    refuses_grid,
+    stored,
+)
 from hf_quant.stages.objective import LayerMse
 from hf_quant.stages.trainer import Qat
 
@@ -48,22 +49,22 @@ class L4qFake(FakeQuant):
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Grid units before rounding; scale and zero as stored."""
-        spec, grid = self.q.spec, grid_of(self.q.spec)
-        factor = (self.q.shape[0] * self.q.shape[1] / self.scale.numel() * max(1, grid.high)) ** -0.5
+        spec, (low, high) = self.q.spec, bounds(self.q.spec)
+        factor = (self.q.shape[0] * self.q.shape[1] / self.scale.numel() * max(1, high)) ** -0.5
         scale = stored(scaled_gradient(self.scale, factor), spec)
         weight = self.frozen + self.term()
         steps = weight / expand(scale, spec, self.q.shape)
         if self.zero is None:
             return steps, scale, None
-        near = self.zero.detach().round().clamp(grid.low, grid.high)
+        near = self.zero.detach().round().clamp(low, high)
         zero = exactly(scaled_gradient(self.zero, factor), near)
         return steps + expand(zero, spec, self.q.shape), scale, zero
 
     def forward(self, W_NK: Tensor) -> Tensor:
         """See the module; the weight as it was is in the frozen part."""
-        spec, grid = self.q.spec, grid_of(self.q.spec)
+        spec = self.q.spec
         steps, scale, zero = self._parts()
-        codes = self.how.estimator.round(steps, grid.low, grid.high)
+        codes = self.how.estimator.round(steps, *bounds(spec))
         if zero is not None:
             codes = codes - expand(zero, spec, self.q.shape)
         return codes * expand(scale, spec, self.q.shape)
@@ -102,7 +103,7 @@ class L4q:
 
     def refuses(self, spec: Spec) -> str | None:
         """Integer grids."""
-        return refuses(spec)
+        return refuses_grid(spec)
 
     def start(self, W_NK: Tensor, q: QTensor, generator: torch.Generator) -> FakeQuant:
         """At the solver's codes."""

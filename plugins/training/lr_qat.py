@@ -19,11 +19,20 @@ from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.plugins.training.fake_core import Clipped, Estimator, LowRankTerm, grid_of, latent, refuses, stored
+from hf_quant.plugins.training.fake_core import LowRankTerm
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
-from hf_quant.stages.fakequant import FakeQuant, Learned
+from hf_quant.stages.fakequant import (
+    Clipped,
+    Estimator,
+    FakeQuant,
+    Learned,
+    bounds,
+    latent,
+    refuses_grid,
+    stored,
+)
 from hf_quant.stages.objective import LayerMse
 from hf_quant.stages.trainer import Qat
 
@@ -51,8 +60,8 @@ class LrQatFake(FakeQuant):
 
     def forward(self, W_NK: Tensor) -> Tensor:
         """See the module; the weight as it was is in the frozen part."""
-        spec, grid = self.q.spec, grid_of(self.q.spec)
-        codes = self.how.estimator.round(self._steps(), grid.low, grid.high)
+        spec = self.q.spec
+        codes = self.how.estimator.round(self._steps(), *bounds(spec))
         if self.q.zero is not None:
             codes = codes - expand(self.q.zero, spec, self.q.shape)
         return codes * expand(stored(self.scale, spec), spec, self.q.shape)
@@ -90,7 +99,7 @@ class LrQat:
 
     def refuses(self, spec: Spec) -> str | None:
         """Integer grids."""
-        return refuses(spec)
+        return refuses_grid(spec)
 
     def start(self, W_NK: Tensor, q: QTensor, generator: torch.Generator) -> FakeQuant:
         """At the solver's codes."""

@@ -15,11 +15,21 @@ from torch import Tensor, nn
 
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
-from hf_quant.plugins.training.fake_core import Clipped, Estimator, grid_of, latent, refuses, scaled_gradient, stored
+from hf_quant.plugins.training.fake_core import scaled_gradient
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
-from hf_quant.stages.fakequant import FakeQuant, Learned
+from hf_quant.stages.fakequant import (
+    Clipped,
+    Estimator,
+    FakeQuant,
+    Learned,
+    bounds,
+    latent,
+    refuses_grid,
+    stored,
+    values_of,
+)
 from hf_quant.stages.trainer import Qat
 
 
@@ -29,21 +39,18 @@ class LsqFake(FakeQuant):
     def __init__(self, W_NK: Tensor, q: QTensor, how: "Lsq") -> None:
         super().__init__()
         self.q, self.how = q, how
-        zero = 0 if q.zero is None else expand(q.zero, q.spec, q.shape)
-        self.weight = nn.Parameter((latent(W_NK, q) - zero) * expand(q.scale, q.spec, q.shape))
+        self.weight = nn.Parameter(values_of(latent(W_NK, q), q.scale, q))
         self.scale = nn.Parameter(q.scale.clone())
 
     def forward(self, W_NK: Tensor) -> Tensor:
         """See the module; the argument is the weight as it was."""
-        spec, grid = self.q.spec, grid_of(self.q.spec)
+        spec, (low, high) = self.q.spec, bounds(self.q.spec)
         count = self.weight.numel() / self.scale.numel()
-        scale = expand(
-            stored(scaled_gradient(self.scale, (count * max(1, grid.high)) ** -0.5), spec), spec, self.q.shape
-        )
-        steps = self.weight / scale
-        zero = None if self.q.zero is None else expand(self.q.zero, spec, self.q.shape)
-        codes = self.how.estimator.round(steps if zero is None else steps + zero, grid.low, grid.high)
-        return (codes if zero is None else codes - zero) * scale
+        scale = stored(scaled_gradient(self.scale, (count * max(1, high)) ** -0.5), spec)
+        steps = self.weight / expand(scale, spec, self.q.shape)
+        if self.q.zero is not None:
+            steps = steps + expand(self.q.zero, spec, self.q.shape)
+        return values_of(self.how.estimator.round(steps, low, high), scale, self.q)
 
     def export(self, W_NK: Tensor) -> QTensor:
         """The codes of `forward`."""
@@ -74,7 +81,7 @@ class Lsq:
 
     def refuses(self, spec: Spec) -> str | None:
         """Integer grids."""
-        return refuses(spec)
+        return refuses_grid(spec)
 
     def start(self, W_NK: Tensor, q: QTensor, generator: torch.Generator) -> FakeQuant:
         """At the solver's codes."""
