@@ -138,7 +138,8 @@ def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, An
         "device_bytes": largest,
         "kept": len(plan.kept),
         "formats": sorted({p.format.id for p in plan.sites.values()}),
-        "needs_calibration": plan.is_open or any(p.recipe.needs_data for p in plan.sites.values()),
+        "needs_calibration": (plan.is_open and quantizer.needs_data)
+        or any(p.recipe.needs_data for p in plan.sites.values()),
     }
 
 

@@ -1,6 +1,7 @@
 """What choosing bits layer by layer gives at a size: budgets beside uniform widths, on one model and one run.
 
-Each model is quantized, saved, loaded back and then measured, as in fidelity.py.
+Each model is quantized, saved, loaded back and then measured, as in fidelity.py. Every seed has calibration rows of its
+own. `line` is the KL on the straight line between the uniform widths on either side, at the same true bits and seed.
 
     python mixed_precision.py MODEL CALIBRATION.npy TEST.npy --budgets "2.6445 bits" "3.6523 bits"
 """
@@ -13,6 +14,7 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +37,13 @@ def main() -> None:
     parser.add_argument("--bits", nargs="*", type=int, default=[2, 3, 4], help="uniform widths")
     parser.add_argument("--budgets", nargs="*", default=["2.6445 bits", "3.6523 bits"])
     parser.add_argument("--by", nargs="*", default=["mixed"], help="methods whose sensitivity chooses")
-    parser.add_argument("--rows", type=int, default=32, help="calibration rows")
+    parser.add_argument("--rows", type=int, default=32, help="calibration rows of a seed")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=8192, help="evaluation tokens")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "mixed_precision.json")
     arguments = parser.parse_args()
-    calibration = torch.from_numpy(
-        np.load(arguments.calibration)[: arguments.rows, : arguments.window].astype(np.int64)
-    )
+    calibration = torch.from_numpy(np.load(arguments.calibration)[:, : arguments.window].astype(np.int64))
     test = torch.from_numpy(np.load(arguments.test).astype(np.int64))
     asked: list[dict] = [{"bits": bits} for bits in arguments.bits]
     asked += [{"budget": {"size": size, "by": by}} for size in arguments.budgets for by in arguments.by]
@@ -50,10 +51,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as logits:
         original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
         store(original, test, logits, window=arguments.window, tokens=arguments.tokens, progress=False)
-        for given in asked:
-            rows.append(measure(arguments, given, calibration, test, logits))
-            print(json.dumps(rows[-1]), flush=True)
-            write(arguments, rows)
+        for seed in range(arguments.seeds):
+            mine = calibration[seed * arguments.rows : (seed + 1) * arguments.rows]
+            for given in asked:
+                row = {"seed": seed, **measure(arguments, given, mine, test, logits)}
+                row |= {} if "bits" in given else {"line": line([r for r in rows if r["seed"] == seed], row)}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                write(arguments, rows)
+
+
+def line(rows: list[dict], row: dict) -> float | None:
+    """KL between the uniform widths below and above, at the true bits of `row`; None beyond the widths measured."""
+    ends = sorted((r["true_bits"], r["kl"]) for r in rows if "bits" in r)
+    for (low, a), (high, b) in pairwise(ends):
+        if low <= row["true_bits"] <= high:
+            return round(a + (b - a) * (row["true_bits"] - low) / (high - low), 6)
+    return None
 
 
 def measure(arguments: argparse.Namespace, given: dict, calibration: torch.Tensor, test: torch.Tensor, at: str) -> dict:
@@ -83,7 +97,8 @@ def write(arguments: argparse.Namespace, rows: list[dict]) -> None:
         "model": Path(arguments.model).name,
         "command": f"mixed_precision.py {Path(arguments.model).name} "
         f"{arguments.calibration.name} {arguments.test.name} "
-        f"--method {arguments.method} --rows {arguments.rows} --window {arguments.window} --tokens {arguments.tokens} "
+        f"--method {arguments.method} --rows {arguments.rows} --seeds {arguments.seeds} "
+        f"--window {arguments.window} --tokens {arguments.tokens} "
         f"--bits {' '.join(map(str, arguments.bits))} --by {' '.join(arguments.by)} --budgets "
         + " ".join(f'"{b}"' for b in arguments.budgets),
         "versions": {"hf-quant": hf_quant.__version__, **{n: version(n) for n in ("torch", "transformers")}},

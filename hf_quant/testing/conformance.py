@@ -24,6 +24,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 import hf_quant
 from hf_quant import QuantConfig
@@ -233,9 +235,15 @@ def killed_and_resumed(method: Method, subject: Subject, run_dir: Path, expected
     assert seconds < SECONDS * torch.get_num_threads(), f"{seconds:.1f} s of CPU for a tiny model"
 
 
+def _saved_names(model: nn.Module) -> set[str]:
+    """Of its tensors in the files: transformers saves some models under the names they had in older versions."""
+    state = model.state_dict()
+    return set(revert_weight_conversion(model, dict(state)) if isinstance(model, PreTrainedModel) else state)
+
+
 def bytes_on_disk(folder: Path, model: nn.Module) -> int:
     """Bytes of the tensors in the files, without the one-element tripwire that stops a library that lacks us."""
-    total, known = 0, model.state_dict().keys()
+    total, known = 0, _saved_names(model)
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  not a dict

@@ -8,10 +8,10 @@ Shapes: one loss a slot and choice; bits are the true ones, scales and zero poin
 Differs from the paper: there is none; sites that read the same tensor are rounded, and chosen for, together.
 """
 
-from hf_quant.budget import WIDTHS
 from hf_quant.method import Paper, method
 from hf_quant.plugins.allocation.fisher import Fisher
 from hf_quant.plugins.allocation.search import Knapsack
+from hf_quant.plugins.allocation.widths import integers
 from hf_quant.recipe import Recipe
 from hf_quant.spec import int_spec
 from hf_quant.stages.allocator import Allocator
@@ -25,7 +25,7 @@ from hf_quant.stages.allocator import Allocator
 )
 def mixed(bits: int = 4, group_size: int = 128, symmetric: bool = False) -> Recipe:
     """Rounding to nearest at the size of `bits` everywhere; `QuantConfig(method, budget=...)` allocates for others."""
-    choices = tuple(int_spec(width, group_size, symmetric=symmetric) for width in WIDTHS)
+    choices = integers(bits, group_size, symmetric)
     return Recipe(
         weights=int_spec(bits, group_size, symmetric=symmetric), allocator=Allocator(choices, Fisher(), Knapsack())
     )
