@@ -1,5 +1,6 @@
 """CrossQuant: its formula, what it becomes at alpha = 1, and its claim on a model with outlier channels."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -45,6 +46,12 @@ def kernel(model: nn.Module, ids: torch.Tensor) -> float:
     return float(100 * counts[0] / counts[1])
 
 
+def test_one_seed(judge) -> None:  # type: ignore[no-untyped-def]
+    setting = {"bits": 4, "act_bits": 8, "outliers": True}
+    assert judge.kl("crossquant", **setting) < judge.kl("dynamic-w8a8", **setting)
+
+
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """Over three calibration sets, W8A8 and W4A8."""
     for bits in (8, 4):

@@ -86,8 +86,9 @@ def test_heavy_tails_are_rounded_with_less_error(claims) -> None:  # type: ignor
         claims.order("noisyquant", f"Laplace samples at {bits} bits: error below rounding's", ours=ours, theirs=theirs)
 
 
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
-    """A language model with static inputs, three calibration sets."""
+    """A language model with static inputs, three calibration sets: noise is seldom worth it there, and never much."""
     for bits in (6, 4):
         setting = {"bits": 8, "act_bits": bits}
         ours = [judge.kl("noisyquant", seed=seed, **setting) for seed in range(3)]
