@@ -24,7 +24,8 @@ INT8_TOKENS = 40
 class Int4Cpu:
     """`aten._weight_int4pack_mm_for_cpu`: value = (code - 8) * scale + shift, shift = (8 - zero) * scale, in bfloat16.
 
-    Its groups are 32 to 256 wide; a wider group, or one scale a row, becomes several with equal scales.
+    Its groups are 32 to 256 wide; a wider group, or one scale a row, becomes several with equal scales. Codes of 1 to 3
+    bits are codes of 4 bits too: they keep their scales and zero points, and take 4 bits in the blob.
     """
 
     name: ClassVar[str] = "torch-int4-cpu"
@@ -34,8 +35,8 @@ class Int4Cpu:
         N, K = layer.shape
         if (reason := _not_bf16_cpu(device, dtype)) is not None:
             return reason
-        if layer.weights.grid.bits != 4:
-            return f"4-bit weights only, not {layer.weights.grid.bits:g}"
+        if layer.weights.grid.bits > 4:
+            return f"weights of at most 4 bits, not {layer.weights.grid.bits:g}"
         if N % 16:
             return f"needs a multiple of 16 outputs, not {N}"
         if _native_group(layer) is None:
@@ -46,7 +47,7 @@ class Int4Cpu:
         """[packed codes, (scale, shift) `[K/g, N, 2]`]."""
         (N, K), group, grid = layer.shape, _native_group(layer), layer.weights.grid
         assert isinstance(grid, IntGrid) and group is not None  # noqa: S101, PT018  `supports` has checked it
-        codes = unpack_bits(tensors["qweight"], 4, K).int()
+        codes = unpack_bits(tensors["qweight"], grid.bits, K).int()
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
         scale, zero = tensors["scale"].float(), zero_codes(tensors, layer)
         shift = scale * (8 - (-grid.low if zero is None else zero.float()))

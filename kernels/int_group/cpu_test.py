@@ -1,0 +1,42 @@
+"""The CPU kernels of `int-group/1` print what they hold; on other data, hf_quant/every_format_test.py compares them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_quant.formats import Layer, choose_kernel, format_named
+from hf_quant.kernels.int_group.cpu import Int4Cpu
+from hf_quant.qtensor import QTensor
+from hf_quant.spec import int_spec
+
+FORMAT = format_named("int-group/1")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 96, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_narrow_codes_are_codes_of_four_bits(bits: int, group: int, symmetric: bool) -> None:
+    """One-hot inputs print the weight, bit for bit: scales of powers of two, so that bfloat16 rounds nothing."""
+    shape, spec = (32, 192), int_spec(bits, group, symmetric=symmetric)
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
+    blocks = spec.blocks(shape)
+    scale = torch.exp2(torch.randint(-9, 3, blocks, generator=generator).float())
+    zero = None if symmetric else torch.randint(0, 1 << bits, blocks, generator=generator).float()
+    q, layer = QTensor(codes, scale, zero, spec, shape), Layer(shape, spec)
+    tensors = FORMAT.pack(q)
+    assert choose_kernel(FORMAT, layer, torch.device("cpu"), torch.bfloat16)[0] == Int4Cpu.name
+    blob = Int4Cpu().prepare(tensors, layer, torch.bfloat16)
+    assert blob[0].nbytes == codes.numel() // 2
+    one_hot = torch.eye(192).bfloat16()
+    few = torch.cat([Int4Cpu().run(x, tensors, blob, layer) for x in one_hot.split(48)])
+    many = Int4Cpu().run(one_hot, tensors, blob, layer)
+    assert torch.equal(few.T.float(), q.dequantize())
+    assert torch.equal(many.T.float(), q.dequantize())
+
+
+def test_wider_codes_are_refused() -> None:
+    layer = Layer((16, 64), int_spec(5, 32))
+    assert "at most 4 bits" in str(Int4Cpu().supports(layer, torch.device("cpu"), torch.bfloat16))
+    assert Int4Cpu().supports(replace(layer, weights=int_spec(1, 32)), torch.device("cpu"), torch.bfloat16) is None
