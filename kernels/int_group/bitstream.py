@@ -25,7 +25,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         stream[..., byte] |= codes[..., i] << shift
         if shift + bits > 8:  # the code straddles two bytes
             stream[..., byte + 1] |= codes[..., i] >> (8 - shift)
-    return stream.flatten(-2).view(torch.int32)[..., : words(count, bits)].contiguous()
+    stream = stream.flatten(-2).view(torch.int32)[..., : words(count, bits)]
+    return stream.clone(
+        memory_format=torch.contiguous_format
+    )  # `contiguous()` leaves a single word the strides of many
 
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:

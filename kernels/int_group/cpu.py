@@ -25,7 +25,7 @@ class Int4Cpu:
     """`aten._weight_int4pack_mm_for_cpu`: value = (code - 8) * scale + shift, shift = (8 - zero) * scale, in bfloat16.
 
     Its groups are 32 to 256 wide; a wider group, or one scale a row, becomes several with equal scales. Codes of 1 to 3
-    bits are codes of 4 bits too: they keep their scales and zero points, and take 4 bits in the blob.
+    bits are codes of 4 bits too, moved to the middle of their range: there the shift is small, and so is its rounding.
     """
 
     name: ClassVar[str] = "torch-int4-cpu"
@@ -47,10 +47,11 @@ class Int4Cpu:
         """[packed codes, (scale, shift) `[K/g, N, 2]`]."""
         (N, K), group, grid = layer.shape, _native_group(layer), layer.weights.grid
         assert isinstance(grid, IntGrid) and group is not None  # noqa: S101, PT018  `supports` has checked it
-        codes = unpack_bits(tensors["qweight"], grid.bits, K).int()
+        middle = 1 << (grid.bits - 1)
+        codes = unpack_bits(tensors["qweight"], grid.bits, K).int() + (8 - middle)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
         scale, zero = tensors["scale"].float(), zero_codes(tensors, layer)
-        shift = scale * (8 - (-grid.low if zero is None else zero.float()))
+        shift = scale * (middle - (-grid.low if zero is None else zero.float()))
         columns = torch.arange(0, K, group, device=scale.device) // _group(layer)
         pair = torch.stack((scale, shift), -1)[:, columns].expand(N, -1, -1)
         return [packed, pair.transpose(0, 1).to(dtype).contiguous()]
