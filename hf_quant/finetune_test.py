@@ -1,20 +1,30 @@
 """`finetune`, from Python and from the command line."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.cli.app import app
-from hf_quant.errors import NotSupported, UnsupportedModel, UnsupportedSpec
-from hf_quant.every_method_test import llama, tokens
+from hf_quant.errors import NotSupported, RunError, UnsupportedModel, UnsupportedSpec
 from hf_quant.recipe import Job, Recipe
 from hf_quant.spec import act_spec, int_spec
+from hf_quant.testing.subjects import SUBJECTS
+
+
+def llama() -> nn.Module:
+    return SUBJECTS["llm"].model()
+
+
+def tokens() -> Tensor:
+    return torch.cat([batch["input_ids"] for batch in SUBJECTS["llm"].data()])
 
 
 def test_only_methods_that_train(tmp_path: Path) -> None:
@@ -24,6 +34,7 @@ def test_only_methods_that_train(tmp_path: Path) -> None:
     report = hf_quant.finetune(model, QuantConfig("lr-qat", bits=3, steps=2), tokens(), progress=False)
     assert report.training["steps"] == 2
     assert report.training["tokens"] == 2 * 8 * 32
+    assert report.training["logit_difference"] < 1e-4 * report.training["logits"]
     with pytest.raises(UnsupportedModel, match="train an adapter on it"):
         hf_quant.finetune(model, QuantConfig("lr-qat"), tokens())
 
@@ -32,6 +43,62 @@ def test_what_the_loop_cannot_train_is_refused_before_work() -> None:
     trainer = QuantConfig("lsq").quantizer().trainer
     with pytest.raises(UnsupportedSpec, match="cannot have inputs too"):
         Recipe(weights=int_spec(4), inputs=act_spec(), trainer=trainer).quantize(llama(), Job(data=tokens()))
+
+
+def test_one_training_takes_one_rounding() -> None:
+    """Other bits are another spec; another rank would be another training, which would be left out in silence."""
+    given = {"bits": 4, "rank": 2, "steps": 1, "group_size": 32}
+    config = QuantConfig("lr-qat", **given, overrides={"*.layers.0.*": {"rank": 4}})
+    with pytest.raises(UnsupportedSpec, match=r"layers\.0.*trains otherwise than the rest"):
+        hf_quant.finetune(llama(), config, tokens())
+    config = QuantConfig("gptq", overrides={"*.layers.0.*": {"method": "lsq"}})
+    with pytest.raises(UnsupportedSpec, match="trains otherwise"):
+        hf_quant.quantize(llama(), config, data=tokens(), progress=False)
+    model = llama()
+    config = QuantConfig("lr-qat", **given, overrides={"*.up_proj": {"bits": 8}, "*.down_proj": {"method": "rtn"}})
+    report = hf_quant.finetune(model, config, tokens(), progress=False)
+    bits = {e.name.split(".")[-2]: e.spec["grid"]["bits"] for e in report.quantized}
+    assert (bits["up_proj"], bits["down_proj"], bits["q_proj"]) == (8, 4, 4)
+
+
+def test_a_budget_is_trained_at_the_bits_it_chose() -> None:
+    model = llama()
+    config = QuantConfig("lr-qat", budget="4.9 bits", rank=2, steps=1, group_size=32)
+    report = hf_quant.finetune(model, config, tokens(), progress=False)
+    assert len({e.spec["grid"]["bits"] for e in report.quantized}) > 1
+    assert report.bits_per_weight == hf_quant.true_bits(model) <= 4.9
+
+
+def test_rows_of_different_lengths_and_labels() -> None:
+    """Padding is masked: it has no part in the loss. Checkpointed activations give the same codes."""
+    ids = tokens()
+    cut = [{"input_ids": ids[:4]}, {"input_ids": ids[4:6, :20]}, {"input_ids": ids[6:, :20]}]
+    given = {"bits": 3, "group_size": 32, "rank": 2, "steps": 2, "batch_size": 8, "distill": 0.5}
+    models, reports = [llama(), llama()], []
+    for model, again in zip(models, (False, True), strict=True):
+        config = QuantConfig("lr-qat", **given, gradient_checkpointing=again)
+        reports.append(hf_quant.finetune(model, config, cut, progress=False))
+    assert reports[0].training["tokens"] == 2 * (4 * 32 + 4 * 20)
+    assert reports[0].training["last_loss"] == pytest.approx(reports[1].training["last_loss"])
+    assert not any(m.training for model in models for m in model.modules())
+
+
+def test_divergence_is_told() -> None:
+    model = llama()
+    model.lm_head.weight.data.fill_(1e38)
+    config = QuantConfig("lr-qat", bits=4, group_size=32, steps=9)
+    with pytest.raises(RunError, match=r"training diverged: the loss is (nan|inf) at step \d of 9; give a smaller"):
+        hf_quant.finetune(model, config, tokens(), progress=False)
+
+
+def test_a_resumed_training_reports_the_whole(tmp_path: Path) -> None:
+    given = {"bits": 3, "group_size": 32, "rank": 2, "steps": 4, "run_dir": tmp_path}
+    whole = hf_quant.finetune(llama(), QuantConfig("lr-qat", **given), tokens(), progress=False)
+    again = hf_quant.finetune(
+        llama(), QuantConfig("lr-qat", **given), tokens(), progress=False
+    )  # nothing is left to do
+    for name in ("tokens", "first_loss", "last_loss", "logit_difference"):
+        assert again.training[name] == whole.training[name]
 
 
 def test_a_model_with_transposed_weights() -> None:
@@ -52,7 +119,12 @@ def test_command(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*given, "-m", "gptq"])
     assert isinstance(refused.exception, NotSupported)
     assert not (tmp_path / "out").exists()
-    done = CliRunner().invoke(app, [*given, "-b", "3", "-g", "32", "--set", "steps=2"])
+    done = CliRunner().invoke(app, [*given, "-b", "3", "-g", "32", "--set", "steps=2", "--json"])
     assert done.exit_code == 0, done.output
+    training = json.loads(done.stdout)["training"]
+    assert training["logit_difference"] < 1e-4 * training["logits"]
+    assert (
+        f"logits differ by at most {training['logit_difference']:.1e}" in (tmp_path / "out" / "README.md").read_text()
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.hf_quantizer.quantization_config.method == "lr-qat"

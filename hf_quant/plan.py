@@ -141,7 +141,7 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
         UnsupportedModel: nothing to quantize, or a parameter nobody knows how to treat and `job.allow` does not name.
         UnsupportedSpec: a solver or a format refuses a site; all such sites are listed.
     """
-    _refuse_unrun(recipe)
+    _refuse_unrun(recipe, job)
     found = list(walk(model))
     named = [s.name for s in found]
     others = _tied_otherwise(model)
@@ -207,11 +207,17 @@ def _refuse_unreachable(plan: Plan) -> None:
         )
 
 
-def _refuse_unrun(recipe: Recipe) -> None:
+def _refuse_unrun(recipe: Recipe, job: Job) -> None:
     """A stage that the loop does not run yet must not be passed over in silence."""
     for stage in ("serving", "cache"):
         if getattr(recipe, stage):
             raise UnsupportedSpec(f"the recipe has a {stage}, which the loop does not run yet")
+    for pattern, other in job.overrides.items():
+        if other is not None and other.trainer not in (None, recipe.trainer):
+            raise UnsupportedSpec(
+                f"the override {pattern!r} trains otherwise than the rest, and there is one training of the whole "
+                "model: give it the same method and arguments (bits and group_size may differ), or one without training"
+            )
     if recipe.trainer is None:
         return
     for stage in ("transforms", "splitter", "repairs", "inputs"):

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hf_quant.capture import run_model
 from hf_quant.distributed import processes
 from hf_quant.errors import UnsupportedModel
 from hf_quant.install import install
 from hf_quant.plan import Plan
+from hf_quant.progress import track
 from hf_quant.recipe import Job
 from hf_quant.report import Entry
 from hf_quant.rewrite import float_weight
@@ -44,15 +46,19 @@ def train(
     if processes() > 1:
         raise UnsupportedModel("training inside the loop runs in one process; start it without torchrun")
     started = time.perf_counter()
+    home = next(p.device for p in model.parameters())
+    device = job.device or home
     plans = {n: p for n, p in plan.sites.items() if p.recipe.trainer == trainer and p.site.kind != "embedding"}
+    model.to(device)  # all of it: a gradient runs through the whole model
     start = {}
     for name in plans:
         packed = model.get_submodule(name)
         assert isinstance(packed, Packed)  # noqa: S101  the loop has installed it
         start[name] = packed.qtensor()
-        model.set_submodule(name, floats[name])
+        model.set_submodule(name, floats[name].to(device))
     folder = None if job.run_dir is None else job.run_dir / "training"
-    trained = trainer.train(model, start, batches, job.seed, folder)
+    for _ in track([trainer], description="training", enabled=job.progress):
+        trained = trainer.train(model, start, batches, job.seed, folder)
     seconds = round((time.perf_counter() - started) / max(1, len(plans)), 4)
     of = {e.name: e for e in entries}
     with torch.no_grad():
@@ -70,4 +76,15 @@ def train(
             )
             of[entry.name] = entry
             install(model, site, Solved(q, branches, None, None, entry))
-    return list(of.values()), trained.measured
+        measured = trained.measured | _difference(model, trained.probe)
+    model.to(home)
+    return list(of.values()), measured
+
+
+def _difference(model: nn.Module, probe: tuple[Batch, Tensor] | None) -> dict[str, float]:
+    """How far the packed model, run by the kernels that will run it, is from the student that was trained."""
+    if probe is None:
+        return {}
+    batch, said = probe
+    now = run_model(model, batch, said.device).logits
+    return {"logits": float(said.abs().max()), "logit_difference": float((now - said).abs().max())}

@@ -117,6 +117,7 @@ def _summary(out: Path, report: "Report") -> dict[str, Any]:
         "unsupported": sum(e.status == "unsupported" for e in report.coverage),
         "seconds": report.seconds,
         "measured": report.measured,
+        "training": report.training,
     }
 
 
@@ -131,6 +132,19 @@ def _draw(console: "Console", summary: dict[str, Any]) -> None:
         ("parameters", f"{counts} (report.html lists each)"),
         ("time", f"{summary['seconds']:.1f} s"),
     ]
+    if summary["training"]:
+        lines += _training_rows(summary["training"])
     if summary["measured"]:
         lines += rows(Evaluation.from_json(summary["measured"]))[:5]
     pairs(console, [*lines, ("next", f"hf-quant explain {summary['out']}")])
+
+
+def _training_rows(found: dict[str, float]) -> list[tuple[str, str]]:
+    return [
+        ("trained", f"{found['steps']:.0f} steps, {found['tokens']:.0f} tokens, {found['seconds']:.0f} s"),
+        ("loss", f"{found['first_loss']:.4f} at first, {found['last_loss']:.4f} at last"),
+        (
+            "packed against trained",
+            f"logits differ by at most {found['logit_difference']:.1e} of {found['logits']:.1f}",
+        ),
+    ]

@@ -13,6 +13,7 @@ from peft.tuners.lora.variants import QALoraLinearVariant
 from torch import Tensor, nn
 
 from hf_quant.errors import ConfigError, UnsupportedModel
+from hf_quant.integrations.recomputing import recompute_activations
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import Packed
 
@@ -131,7 +132,7 @@ def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool = Tru
     if hasattr(model, "enable_input_require_grads"):
         anything.enable_input_require_grads()
     if gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False):
-        anything.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     return model
 
 

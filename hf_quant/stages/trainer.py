@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_quant.errors import ConfigError
 from hf_quant.qtensor import QTensor
@@ -17,15 +17,20 @@ from hf_quant.stages.sampler import Batch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """Site name -> codes (and a branch, if one was trained), and what was measured on the way.
+    """What a trainer gives back.
 
-    `measured` holds "steps", "tokens", "first_loss", "last_loss", "seconds", "trained" (values that were),
-    "optimizer_bytes".
+    Attributes:
+        weights: site -> codes.
+        measured: "steps", "tokens", "first_loss", "last_loss" (of ten steps), "seconds", "trained" (values that were),
+            "optimizer_bytes". The loop adds "logits" (the largest there is on the probe) and "logit_difference".
+        branches: site -> what was trained beside the codes.
+        probe: one batch and the logits of the student when training ended: what the packed model has to say of it.
     """
 
     weights: dict[str, QTensor]
     measured: dict[str, float]
     branches: dict[str, Branch] = field(default_factory=dict)
+    probe: tuple[Batch, Tensor] | None = None
 
 
 class Trainer(Protocol):
@@ -64,6 +69,7 @@ class Qat:
         distill: weight of the teacher, 0 to 1; 0: no teacher runs.
         schedule: of the learning rates, after a warm-up over the first tenth.
         clip: largest norm of the gradient.
+        gradient_checkpointing: blocks compute their activations again in the backward pass: less memory, more time.
     """
 
     rounding: Rounding
@@ -72,6 +78,7 @@ class Qat:
     distill: float = 1.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     clip: float = 1.0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
@@ -83,7 +90,9 @@ class Qat:
             raise ConfigError(f"schedule={self.schedule!r}: linear, cosine or constant")
 
     def refuses(self, model: nn.Module, spec: Spec) -> str | None:
-        """What the rounding refuses."""
+        """What the rounding refuses, and models that cannot compute activations again when that is asked for."""
+        if self.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+            return f"{type(model).__name__} has no gradient checkpointing"
         return self.rounding.refuses(spec)
 
     def train(

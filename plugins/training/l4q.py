@@ -32,6 +32,7 @@ from hf_quant.stages.fakequant import (
     stored,
 )
 from hf_quant.stages.objective import LayerMse
+from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.trainer import Qat
 
 
@@ -124,6 +125,9 @@ def l4q(
     batch_size: int = 8,
     lr: float = 1e-3,
     distill: float = 1.0,
+    samples: int = 512,
+    length: int = 512,
+    gradient_checkpointing: bool = False,
 ) -> Recipe:
     """GPTQ, then training of LoRA, scales and zero points inside the rounding."""
     return Recipe(
@@ -131,5 +135,12 @@ def l4q(
         range=MseClip(steps=24, floor=0.5, power=2.0),
         objective=LayerMse(),
         solver=Gptq(),
-        trainer=Qat(L4q(rank, 2.0 * rank, lr), steps=steps, batch_size=batch_size, distill=distill),
+        sampler=TextSampler(samples, length),
+        trainer=Qat(
+            L4q(rank, 2.0 * rank, lr),
+            steps=steps,
+            batch_size=batch_size,
+            distill=distill,
+            gradient_checkpointing=gradient_checkpointing,
+        ),
     )

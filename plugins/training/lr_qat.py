@@ -34,6 +34,7 @@ from hf_quant.stages.fakequant import (
     stored,
 )
 from hf_quant.stages.objective import LayerMse
+from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.trainer import Qat
 
 
@@ -120,6 +121,9 @@ def lr_qat(
     batch_size: int = 8,
     lr: float = 1e-3,
     distill: float = 1.0,
+    samples: int = 512,
+    length: int = 512,
+    gradient_checkpointing: bool = False,
 ) -> Recipe:
     """GPTQ, then training of low-rank terms inside the rounding."""
     return Recipe(
@@ -127,5 +131,12 @@ def lr_qat(
         range=MseClip(steps=24, floor=0.5, power=2.0),
         objective=LayerMse(),
         solver=Gptq(),
-        trainer=Qat(LrQat(rank, float(rank), lr), steps=steps, batch_size=batch_size, distill=distill),
+        sampler=TextSampler(samples, length),
+        trainer=Qat(
+            LrQat(rank, float(rank), lr),
+            steps=steps,
+            batch_size=batch_size,
+            distill=distill,
+            gradient_checkpointing=gradient_checkpointing,
+        ),
     )

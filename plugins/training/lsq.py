@@ -30,6 +30,7 @@ from hf_quant.stages.fakequant import (
     stored,
     values_of,
 )
+from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.trainer import Qat
 
 
@@ -95,11 +96,26 @@ class Lsq:
     claim="at 2 bits a few hundred steps leave less than half of the KL of rounding to the same ranges",
 )
 def lsq(
-    bits: int = 4, group_size: int = 128, steps: int = 200, batch_size: int = 8, lr: float = 2e-4, distill: float = 1.0
+    bits: int = 4,
+    group_size: int = 128,
+    steps: int = 200,
+    batch_size: int = 8,
+    lr: float = 2e-4,
+    distill: float = 1.0,
+    samples: int = 512,
+    length: int = 512,
+    gradient_checkpointing: bool = False,
 ) -> Recipe:
     """Ranges by least squares, then training of everything."""
     return Recipe(
         weights=int_spec(bits, group_size),
         range=MseClip(steps=24, floor=0.5, power=2.0),
-        trainer=Qat(Lsq(lr=lr), steps=steps, batch_size=batch_size, distill=distill),
+        sampler=TextSampler(samples, length),
+        trainer=Qat(
+            Lsq(lr=lr),
+            steps=steps,
+            batch_size=batch_size,
+            distill=distill,
+            gradient_checkpointing=gradient_checkpointing,
+        ),
     )

@@ -24,6 +24,7 @@ from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec
 from hf_quant.stages.fakequant import FakeQuant, Learned
 from hf_quant.stages.objective import LayerMse
+from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.trainer import Qat
 
 
@@ -90,6 +91,9 @@ def qa_lora(
     batch_size: int = 8,
     lr: float = 1e-3,
     distill: float = 1.0,
+    samples: int = 512,
+    length: int = 512,
+    gradient_checkpointing: bool = False,
 ) -> Recipe:
     """GPTQ with float zero points, then training of those by low-rank terms."""
     if type(group_size) is not int or (group_size != -1 and group_size < 1):
@@ -99,5 +103,12 @@ def qa_lora(
         range=MseClip(steps=24, floor=0.5, power=2.0),
         objective=LayerMse(),
         solver=Gptq(),
-        trainer=Qat(QaLora(rank, 2.0 * rank, lr), steps=steps, batch_size=batch_size, distill=distill),
+        sampler=TextSampler(samples, length),
+        trainer=Qat(
+            QaLora(rank, 2.0 * rank, lr),
+            steps=steps,
+            batch_size=batch_size,
+            distill=distill,
+            gradient_checkpointing=gradient_checkpointing,
+        ),
     )

@@ -27,6 +27,7 @@ def test_invariant_codes_and_scales_are_frozen(judge, claims: Claims) -> None:
     claims.invariant("qa-lora", "training changes zero points and nothing else", frozen and moved)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 @torch.no_grad()
 def test_invariant_an_adapter_of_peft_merges_exactly(judge, claims: Claims) -> None:
     model = judge.model()

@@ -22,6 +22,7 @@ from hf_quant.recipe import Recipe
 from hf_quant.runtime.branches import Branch, LowRank
 from hf_quant.spec import Spec, int_spec
 from hf_quant.stages.fakequant import FakeQuant, Learned
+from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.trainer import Qat
 
 
@@ -86,10 +87,20 @@ def qlora(
     batch_size: int = 8,
     lr: float = 1e-3,
     distill: float = 1.0,
+    samples: int = 512,
+    length: int = 512,
+    gradient_checkpointing: bool = False,
 ) -> Recipe:
     """Ranges by least squares, rounding to nearest, and a trained branch."""
     return Recipe(
         weights=int_spec(bits, group_size),
         range=MseClip(steps=24, floor=0.5, power=2.0),
-        trainer=Qat(Qlora(rank, 2.0 * rank, lr), steps=steps, batch_size=batch_size, distill=distill),
+        sampler=TextSampler(samples, length),
+        trainer=Qat(
+            Qlora(rank, 2.0 * rank, lr),
+            steps=steps,
+            batch_size=batch_size,
+            distill=distill,
+            gradient_checkpointing=gradient_checkpointing,
+        ),
     )
