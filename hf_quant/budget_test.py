@@ -59,7 +59,6 @@ def test_mistakes_are_found_at_construction(given: dict[str, object], message: s
     [
         ("gptq", {"bits": 4, "budget": "3 bits"}, "both say how many bits"),
         ("bnb-nf4", {"budget": "3 bits"}, "one width only"),
-        ("lr-qat", {"budget": "3 bits"}, "trains for one width"),
         ("lqer", {"budget": "3 bits"}, "branches beside its codes"),
         ("gptq", {"budget": "three bits"}, "3.2 bits"),
     ],
