@@ -17,7 +17,10 @@ from transformers import (
     ViTConfig,
 )
 
+from hf_quant import QuantConfig
 from hf_quant.errors import ConfigError, UnsupportedModel, UnsupportedSpec
+from hf_quant.grids import IntGrid
+from hf_quant.ledger import true_bits
 from hf_quant.pipeline import quantize
 from hf_quant.plugins.rounding.gptq import gptq
 from hf_quant.plugins.rounding.lsq_ptq import Places
@@ -228,6 +231,24 @@ def test_the_cache_holds_both_paths() -> None:
             assert example.target.equal(states[2])
             assert torch.allclose(example.call[0][0], quantized[1], atol=1e-5)
             assert not torch.allclose(example.call[0][0], states[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "model"])
+def test_a_budget_chooses_the_bits_and_the_tuner_fits_them(kind: str) -> None:
+    """The units planned before the choice are fitted after it, in the chosen widths and within the budget."""
+    chosen = QuantConfig("rtn", group_size=32, budget="4 bits").quantizer()
+    assert isinstance(chosen, Recipe)
+    how = replace(recipe(*KINDS[kind]), allocator=chosen.allocator)
+    solved, tuned = llama(), llama()
+    before, after = run(solved, replace(how, tuner=None)), run(tuned, how)
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+    moved = {n.split(".")[2] for n in after if n.endswith("qweight") and not after[n].equal(before[n])}
+    assert moved == {"0", "1", "2"}
+    grids = {m.layer.weights.grid for m in tuned.modules() if isinstance(m, QuantLinear)}
+    assert len(grids) > 1
+    assert all(isinstance(grid, IntGrid) for grid in grids)
+    assert true_bits(tuned) == true_bits(solved) <= 4
+    assert error(tuned, ids(), llama()) < error(solved, ids(), llama())
 
 
 class Nothing:
