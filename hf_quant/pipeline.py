@@ -39,6 +39,7 @@ from hf_quant.stages.sampler import Batch
 from hf_quant.stages.transform import Diagonal, Online, OnlineTransform, PairTransform, Transform, WholeTransform
 from hf_quant.stages.tuner import Tuner, Unit
 from hf_quant.stats import Stat, State
+from hf_quant.timesteps import Timed, follow_timesteps
 from hf_quant.trained import train
 from hf_quant.tuning import Surroundings, tune, updated
 
@@ -58,6 +59,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
         batches: list[Batch] = []
         if any(not r.data_free for r in (recipe, *(p.recipe for p in plan.sites.values()))):
             batches = recipe.sampler.sample(job.data, job.processor, job.seed, model)
+        timed = follow_timesteps(model, recipe, plan, batches)
         with RunDir.open(job.run_dir, model, recipe, job, batches) as run_dir:
             whole = [t for t in recipe.transforms if isinstance(t, WholeTransform)]
             for transform in whole:
@@ -67,6 +69,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
                 plan = make_plan(model, recipe, job)  # what was tied may no longer be
             floats = {n: model.get_submodule(n) for n, p in plan.sites.items()} if recipe.trainer else {}
             loop = _Loop(model, recipe, job, plan, my_share(batches), run_dir)
+            loop.timed = replace(timed, batches=loop.batches) if timed else None
             if recipe.allocator is not None and plan.is_open:
                 loop.refuse_unreached()
                 loop.plan = allocate(model, recipe.allocator, plan, job, batches, run_dir)
@@ -133,6 +136,7 @@ class _Loop:
     run_dir: RunDir
     gradients: dict[str, dict[Stat, State]] = field(default_factory=dict)  # of sites that want them, before any change
     floats: dict[str, nn.Module] = field(default_factory=dict)  # every site's float layer, when a late unit needs them
+    timed: Timed | None = None  # when input ranges depend on the timestep
 
     def run(self) -> list[Entry]:
         """Every block in order, then the sites outside all blocks, then units that span several."""
@@ -215,6 +219,8 @@ class _Loop:
         memo = Memo(block)
 
         def run(module: nn.Module, i: int) -> Tensor:
+            if self.timed is not None:
+                self.timed.set_to(i)
             with memo.during(i):
                 return recording.calls[i][name].run(module, hidden[i], device)
 
@@ -227,6 +233,8 @@ class _Loop:
         apart = two_streams or bool(units)
         passed = [run_fp(block, i).to(home) for i in range(len(twins))] if apart else twins
         entries = self.run_dir.load(name, block)
+        if self.timed is not None:
+            self.timed.give(block)
         if entries is None:
             groups = find_groups(block, name, [p.site for p in plans], lambda b: run(b, 0)) if plans else []
             self._transform(block, name, groups, run)
@@ -344,7 +352,9 @@ class _Loop:
             raise CalibrationError(_unreached([site.name]))
         module = self.model.get_submodule(site.name)
         solved: Solved = solve(plan, float_weight(module, site), stats, split)
-        install(self.model, plan, solved)
+        layer = install(self.model, plan, solved)
+        if self.timed is not None:
+            self.timed.give(layer)
         return (
             replace(solved.entry, reason="never reached by calibration: nearest rounding") if missed else solved.entry
         )

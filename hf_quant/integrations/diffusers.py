@@ -20,6 +20,7 @@ from hf_quant.on_load import install_loaded, plan_on_load, report_loaded, wants
 from hf_quant.plan import Plan
 from hf_quant.recipe import Recipe
 from hf_quant.report import Entry, Report
+from hf_quant.runtime.clock import bind
 from hf_quant.runtime.install import dequantize_model
 
 NAME = QuantMethod.HF_QUANT.value
@@ -127,6 +128,7 @@ class Quantizer(DiffusersQuantizer):  # type: ignore[misc]  # an untyped base
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ANN401
         if self.pre_quantized:
             checkpoint.validate(model)
+            bind(model)
         else:
             assert self.plan is not None  # noqa: S101  the model was planned before it was loaded
             require_finite(model)

@@ -1,6 +1,7 @@
 """Activation quantization of a layer's input: dynamic ranges from the tokens, static ones from stored tensors."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,6 +9,11 @@ from torch import Tensor
 from hf_quant.grids import IntGrid, MiniFloatGrid
 from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest, round_scale
 from hf_quant.spec import Spec
+
+
+def timed(spec: Spec | None) -> bool:
+    """Whether the range is a table by timestep: then the layer rounds its input itself, and kernels see no spec."""
+    return spec is not None and spec.index == "timestep" and spec.range == "static"
 
 
 def refuses(spec: Spec | None) -> str | None:
@@ -20,7 +26,7 @@ def refuses(spec: Spec | None) -> str | None:
         return "inputs take an integer zero point (on integers) or none"
     if spec.outer:
         return "inputs take no scale for the whole tensor besides their own, and no rotation of theirs"
-    if spec.index not in ("none", "token"):
+    if spec.index not in ("none", "token") and not timed(spec):
         return f"inputs indexed by {spec.index} need a table of scales"
     if spec.range == "static" and spec.block != (-1, -1):
         return f"static inputs have one scale for the whole tensor, not blocks of {spec.block}"
@@ -51,9 +57,9 @@ def check_input(spec: Spec | None, tensors: Mapping[str, Tensor]) -> str | None:
     if "input_scale" in tensors and not bool((tensors["input_scale"] > 0).all()):
         return "input_scale is not positive"
     if spec is not None and "input_zero_point" in tensors and isinstance(spec.grid, IntGrid):
-        zero = int(tensors["input_zero_point"])
-        if not spec.grid.low <= zero <= spec.grid.high:
-            return f"input_zero_point {zero} is outside {spec.grid.low} .. {spec.grid.high}"
+        for zero in tensors["input_zero_point"].tolist():
+            if not spec.grid.low <= zero <= spec.grid.high:
+                return f"input_zero_point {zero} is outside {spec.grid.low} .. {spec.grid.high}"
     return None
 
 
@@ -69,9 +75,9 @@ def quantize_input(x_TK: Tensor, spec: Spec, tensors: Mapping[str, Tensor]) -> Q
         scale = round_scale(peak_T1.pow(spec.power) / spec.grid.high, spec)
         return nearest(x_TK.float() / tensors["input_scale"].float(), scale, None, spec)
     if spec.range == "static":
-        scale, zero = tensors["input_scale"].float().reshape(1, 1), None
+        scale, zero = tensors["input_scale"].float().reshape(-1, 1), None
         if spec.zero == "int":
-            zero = tensors["input_zero_point"].float().reshape(1, 1)
+            zero = tensors["input_zero_point"].float().reshape(-1, 1)
     else:
         blocks = as_blocks(x_TK, spec)
         scale, zero = from_extremes(blocks.amin(-1), blocks.amax(-1), spec)
@@ -84,3 +90,11 @@ def fake_quantize(x_TK: Tensor, spec: Spec | None, tensors: Mapping[str, Tensor]
         return x_TK
     q = quantize_input(x_TK, spec, tensors)
     return q.dequantize(x_TK.dtype) if spec.power == 1 else (q.dequantize() * tensors["input_scale"]).to(x_TK.dtype)
+
+
+def round_by_entry(x_TK: Tensor, spec: Spec, tensors: Mapping[str, Tensor], entry_T: Tensor) -> Tensor:
+    """`x_TK` rounded with row `entry_T` (int64 `[T]`) of its table of ranges; gradients pass straight through."""
+    own = replace(spec, block=(1, -1), index="token", entries=1)
+    rows = {name: tensors[name][entry_T] for name in ("input_scale", "input_zero_point") if name in tensors}
+    rounded = fake_quantize(x_TK.detach(), own, rows)
+    return x_TK + (rounded - x_TK.detach()) if torch.is_grad_enabled() and x_TK.requires_grad else rounded

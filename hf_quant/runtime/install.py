@@ -11,6 +11,7 @@ from hf_quant.formats import PackedFormat
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.apart import put_back_all
 from hf_quant.runtime.branches import Branch
+from hf_quant.runtime.clock import unwatch
 from hf_quant.runtime.embedding import QuantEmbedding, tied_embedding, tied_head
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import Packed
@@ -102,6 +103,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         weight = tied[id(module.qweight)]
         model.set_submodule(name, _plain(module, weight).train(module.training))
     put_back_all(model)
+    unwatch(model)
     ties = getattr(model, "all_tied_weights_keys", None)
     if ties and any(key.endswith(".qweight") for key in ties):
         restored = {_of_weight(t): _of_weight(s) for t, s in ties.items()}

@@ -13,8 +13,9 @@ from hf_quant.formats import Layer, PackedFormat, choose_kernel, format_named
 from hf_quant.hadamard import Hadamard
 from hf_quant.operators import need_operator
 from hf_quant.qtensor import QTensor
-from hf_quant.runtime.activation import pack_input
+from hf_quant.runtime.activation import pack_input, round_by_entry, timed
 from hf_quant.runtime.branches import Branch, Constant, Sparse, check_sparse, column_type, merged, sparse_linear
+from hf_quant.runtime.clock import Clock
 from hf_quant.runtime.layouts import expect
 from hf_quant.runtime.packed import Packed, frozen, local
 from hf_quant.sites import Kind
@@ -31,6 +32,7 @@ FIELDS = {
     "rotation",
     "shift",
     "offset",
+    "steps",
 }  # of a description
 
 
@@ -39,8 +41,9 @@ class QuantLinear(Packed, nn.Linear):
 
     `s` (`pre_scale` `[K]`), the rotation R, `t` (`shift` `[K]`), the low-rank branch (`lr_down` `[R, K]`, `lr_up`
     `[N, R]`), the sparse one (`sparse_*`, the tensors of `branches.Sparse`), `o` (`offset` `[N]`, which takes `Q t` out
-    again) and `b` are there only when needed. A static input range lies beside
-    the codes as `input_scale` (and `input_zero_point`). The logical weight is `(Q + up down + S) R^T diag(s)`.
+    again) and `b` are there only when needed. A static input range lies beside the codes as `input_scale` (and
+    `input_zero_point`), `[entries]`; where it is a table by timestep, `clock` tells which entry a sample reads.
+    The logical weight is `(Q + up down + S) R^T diag(s)`.
     """
 
     kind: Kind
@@ -53,6 +56,7 @@ class QuantLinear(Packed, nn.Linear):
     sparse_starts: nn.Parameter | None
     sparse_columns: nn.Parameter | None
     sparse_values: nn.Parameter | None
+    clock: Clock | None
 
     def __init__(
         self,
@@ -70,13 +74,15 @@ class QuantLinear(Packed, nn.Linear):
         rotation: Hadamard | None = None,
         shift: Tensor | None = None,
         offset: Tensor | None = None,
+        clock: Clock | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.out_features, self.in_features = layer.shape
-        self.kind, self.rotation = kind, rotation
+        self.kind, self.rotation, self.clock = kind, rotation, clock
         if rotation is not None:
             need_operator("hadamard")
         self._hold(fmt, layer, tensors, dtype)
+        self._rounded_before = replace(layer, inputs=None) if timed(layer.inputs) else layer
         for name, part in zip(SPARSE, (None,) * 3 if sparse is None else sparse.tensors, strict=True):
             self.register_parameter(name, None if part is None else frozen(part))
         extras = {"pre_scale": pre_scale, "shift": shift, "lr_down": lr_down, "lr_up": lr_up, "offset": offset}
@@ -156,6 +162,7 @@ class QuantLinear(Packed, nn.Linear):
             **({} if self.rotation is None else {"rotation": self.rotation.to_json()}),
             **({} if self.shift is None else {"shift": True}),
             **({} if self.offset is None else {"offset": True}),
+            **({} if self.clock is None else {"steps": list(self.clock.steps)}),
         }
 
     @classmethod
@@ -185,6 +192,10 @@ class QuantLinear(Packed, nn.Linear):
         def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
 
+        clock = Clock(data["steps"]) if timed(inputs) else None
+        if clock is not None and inputs is not None and len(clock.steps) != inputs.entries:
+            raise ConfigError(f"{len(clock.steps)} steps for a table of {inputs.entries} entries")
+
         indices = empty(n + 1, dtype=torch.int32), empty(entries, dtype=column_type(k))
 
         return cls(
@@ -201,6 +212,7 @@ class QuantLinear(Packed, nn.Linear):
             rotation=rotation,
             shift=empty(k) if data.get("shift") else None,
             offset=empty(n) if data.get("offset") else None,
+            clock=clock,
         )
 
     def check_branches(self) -> str | None:
@@ -216,7 +228,7 @@ class QuantLinear(Packed, nn.Linear):
         if device.type == "meta":
             return
         self._settle()
-        self.kernel, self.refused = choose_kernel(self.format, self.local_layer(), device, self.compute_dtype)
+        self.kernel, self.refused = choose_kernel(self.format, self._product()[0], device, self.compute_dtype)
         if self.kernel != "reference":
             self._blob = None
             expect(self)
@@ -226,9 +238,17 @@ class QuantLinear(Packed, nn.Linear):
     def lay_out(self) -> None:
         """Make what the chosen kernel needs of the canonical tensors: at the first forward, or before a compilation."""
         if self._blob is None and self._ready is not None:
-            tensors, layer = self.packed_tensors(), self.local_layer()
+            layer, tensors = self._product()
             chosen = next(k for k in self.format.kernels if k.name == self.kernel)
             self._blob = chosen.prepare(tensors, layer, self.compute_dtype)
+
+    def _product(self) -> tuple[Layer, dict[str, Tensor]]:
+        """The layer and tensors as operator and kernel see them: without inputs that are rounded before."""
+        layer, tensors = self.local_layer(), self.packed_tensors()
+        if not timed(layer.inputs):
+            return layer, tensors
+        plain = self._rounded_before if layer is self.layer else replace(layer, inputs=None)
+        return plain, {n: t for n, t in tensors.items() if not n.startswith("input_")}
 
     @property
     def sparse(self) -> Sparse | None:
@@ -293,19 +313,18 @@ class QuantLinear(Packed, nn.Linear):
         if self.pre_scale is not None:
             x = x * self.pre_scale.to(x.dtype)
         x = self._rotate(x)
-        tensors = self.packed_tensors()
+        layer, tensors = self._product()
         ready = self._ready == (x.device, x.dtype)  # not after an offload hook or an upcast: then the reference runs
         if self._blob is None and not torch.compiler.is_compiling():
             self.lay_out()
         blob = self._blob if ready else None
         z = x if self.shift is None else x + self.shift.to(x.dtype)
-        y = self.format.linear(
-            z.reshape(-1, x.shape[-1]),
-            tensors,
-            blob or [],
-            self.local_layer(),
-            "reference" if blob is None else self.kernel,
-        )
+        z_TK = z.reshape(-1, x.shape[-1])
+        if (inputs := self.layer.inputs) is not None and timed(inputs):
+            if self.clock is None:
+                raise ConfigError("a layer with input ranges by timestep has no clock to read")
+            z_TK = round_by_entry(z_TK, inputs, self.packed_tensors(), self.clock.by_token(len(z_TK), z.device))
+        y = self.format.linear(z_TK, tensors, blob or [], layer, "reference" if blob is None else self.kernel)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         if self.lr_down is not None and self.lr_up is not None:
             y = y + F.linear(F.linear(x, self.lr_down.to(x.dtype)), self.lr_up.to(x.dtype))

@@ -8,7 +8,7 @@ from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels.int8_act.cpu import Int8Mm
 from hf_quant.kernels.int8_act.gpu import Triton
 from hf_quant.qtensor import QTensor
-from hf_quant.runtime.activation import refuses
+from hf_quant.runtime.activation import refuses, timed
 
 GRID = IntGrid(8, signed=True)
 
@@ -38,6 +38,8 @@ class Int8Act(PackedFormat):
             return "weights have stored scales that depend on nothing but the row"
         if inputs is None:
             return "inputs are not quantized"
+        if timed(inputs):
+            return "inputs need one range for all timesteps"
         if inputs.power != 1:
             return "inputs need one scale for each token, not scales for columns as well"
         if not isinstance(inputs.grid, IntGrid):
