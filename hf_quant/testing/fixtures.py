@@ -13,10 +13,18 @@ from hf_quant.testing.judge import Judge
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--claims FOLDER` keeps what the claim tests measure; `--bench FOLDER` says where the trained models are."""
+    """`--claims FOLDER` runs claim tests alone and keeps what they measure; `--bench FOLDER` has the trained models."""
     group = parser.getgroup("hf-quant")
-    group.addoption("--claims", type=Path, default=None, metavar="FOLDER", help="write claims as JSON into FOLDER")
+    group.addoption("--claims", type=Path, default=None, metavar="FOLDER", help="run claims, keep them as JSON there")
     group.addoption("--bench", type=Path, default=EXAMPLES, metavar="FOLDER", help="`examples` of hf-quant's checkout")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `--claims`, a test that takes no `claims` is not run."""
+    if config.getoption("claims") is not None:
+        others = [item for item in items if "claims" not in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture(scope="session")
