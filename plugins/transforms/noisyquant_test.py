@@ -88,12 +88,13 @@ def test_heavy_tails_are_rounded_with_less_error(claims) -> None:  # type: ignor
 
 @pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
-    """A language model with static inputs, three calibration sets: noise is seldom worth it there, and never much."""
+    """A language model with static inputs, three calibration sets: the search finds hardly any noise worth adding."""
     for bits in (6, 4):
         setting = {"bits": 8, "act_bits": bits}
         ours = [judge.kl("noisyquant", seed=seed, **setting) for seed in range(3)]
         theirs = [judge.kl("int8-default", symmetric_inputs=False, seed=seed, **setting) for seed in range(3)]
-        claims.order("noisyquant", f"W8A{bits}, static: KL at most that without noise", ours=ours, theirs=theirs)
+        statement = f"W8A{bits}, static, tiny-lm: KL below that without noise"
+        claims.order("noisyquant", statement, ours=ours, theirs=theirs, factor=0.999, reproduced=False)
 
 
 def test_statistics_and_arguments() -> None:
