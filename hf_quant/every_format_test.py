@@ -27,10 +27,10 @@ from hf_quant.grids import (
     MiniFloatGrid,
     TableGrid,
 )
+from hf_quant.hadamard import Hadamard
 from hf_quant.kernels.bnb_4bit.format import FP4, NF4
 from hf_quant.ledger import site_bits
 from hf_quant.qtensor import QTensor, from_extremes
-from hf_quant.rotation import Rotation
 from hf_quant.runtime.activation import pack_input
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import refit
@@ -63,9 +63,9 @@ WEIGHTS = (
     *(
         Spec(grid=GaussianGrid(n, p), block=(1, b), scale=FloatGrid("float16"), rotation=r)
         for n, p in ((16, 1), (16, 2), (256, 2), (256, 4))
-        for b, r in ((-1, None), (32, Rotation(32)), (64, Rotation(1024, 5)))
+        for b, r in ((-1, None), (32, Hadamard(32, 0)), (64, Hadamard(1024, 5)))
     ),
-    Spec(grid=E2M1, block=(1, 16), scale=FloatGrid("float8_e4m3fn"), tensor_scale=True, rotation=Rotation(16)),
+    Spec(grid=E2M1, block=(1, 16), scale=FloatGrid("float8_e4m3fn"), tensor_scale=True, rotation=Hadamard(16, 0)),
     *(
         Spec(grid=CodebookGrid(b), block=block, scale=FloatGrid(s))
         for b, block, s in (

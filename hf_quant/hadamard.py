@@ -1,12 +1,13 @@
-"""Hadamard: an orthogonal transform of a layer's input, described by two numbers, and the matrices it is made of.
+"""Hadamard: an orthogonal transform of rows, described by two numbers, and the matrices it is made of.
 
-A width n = 2^k m is transformed as `H_{2^k} (x) K_m`, with Sylvester's H and a matrix K of Paley's, whose orders are
-`p + 1` (p a prime, 3 mod 4) and `2 (p + 1)` (p a prime, 1 mod 4): 12, 20, 28, 36, 44 ... 244. Of a width
-without such a factorization, blocks are transformed.
+One description for weights stored rotated (`Spec.rotation`) and for inputs rotated while the model runs
+(`QuantLinear.rotation`). A size n = 2^k m is transformed as `H_{2^k} (x) K_m`, with Sylvester's H and a matrix K of
+Paley's, whose orders are `p + 1` (p a prime, 3 mod 4) and `2 (p + 1)` (p a prime, 1 mod 4): 12, 20, 28, 36, 44 ... 244.
 """
 
 from dataclasses import asdict, dataclass
 from functools import cache
+from math import gcd
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ LARGEST = 256  # of Paley's factor, which is multiplied densely: a larger one is
 
 @dataclass(frozen=True, slots=True)
 class Hadamard:
-    """`x -> (x signs) (I (x) H_size) / sqrt(size)`: orthogonal, so `W -> W R` and `x -> x R` leave `x W^T` as it is.
+    """`x -> (x signs) (I (x) H_g) / sqrt(g)`: orthogonal, so `W -> W R` and `x -> x R` leave `x W^T` as it is.
 
     Attributes:
-        size: width of a block; it divides the width of what is transformed. Orders are those of `core`.
+        size: an order of `core`. Blocks are of g = size columns where it divides the width, else of their greatest
+            common divisor: a power of two fits every width.
         seed: of the signs (see `signs`); None: no signs.
     """
 
@@ -42,14 +44,48 @@ class Hadamard:
         return cls(max(n for n in range(1, width + 1) if width % n == 0 and core(n) is not None), seed)
 
     def refuses(self, width: int) -> str | None:
-        """None when inputs of this width can be transformed, else the reason why not."""
-        return None if width % self.size == 0 else f"blocks of {self.size} do not divide a width of {width}"
+        """None when rows of this width can be transformed, else the reason why not."""
+        block = gcd(self.size, width)
+        return (
+            None if core(block) else f"no Hadamard matrix of order {block} ({self.size}, in rows of {width}) is known"
+        )
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`x R` along the last axis, in x's type, computed in at least float32. THE definition of stored weights.
+
+        Sums have one order (but for Paley's factor), so the bits of a row depend on it alone. `hf_quant::hadamard`
+        computes the same up to rounding, faster.
+        """
+        return self._transform(x, inverse=False)
+
+    def inverse(self, v: Tensor) -> Tensor:
+        """`v R^T`, which undoes `apply` up to rounding."""
+        return self._transform(v, inverse=True)
+
+    def _transform(self, x: Tensor, *, inverse: bool) -> Tensor:
+        width, dtype = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        size, y = gcd(self.size, width), x.to(dtype)
+        flip = None if self.seed is None else signs(width, self.seed).to(y)
+        if flip is not None and not inverse:
+            y = y * flip
+        half = m = core(size) or 1
+        if m > 1:
+            K = paley(m).to(y)
+            y = (y.reshape(-1, m) @ (K.T if inverse else K)).reshape(x.shape)
+        y = y.reshape(-1, size)
+        while half < size:  # the fast Walsh-Hadamard transform
+            a, b = y.view(-1, size // (2 * half), 2, half).unbind(2)
+            y, half = torch.stack((a + b, a - b), 2).view(-1, size), 2 * half
+        y = (y * size**-0.5).view(x.shape)
+        done: Tensor = (y * flip if flip is not None and inverse else y).to(x.dtype)
+        return done
 
     def matrix(self, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """The whole orthogonal matrix R, `[width, width]`: `x R` is what the transform makes of x."""
-        block = sylvester(self.size // (core(self.size) or 1)).double()
-        block = torch.kron(block, paley(core(self.size) or 1).double()) / self.size**0.5
-        whole: Tensor = torch.block_diag(*[block] * (width // self.size))
+        size = gcd(self.size, width)
+        m = core(size) or 1
+        block = torch.kron(sylvester(size // m).double(), paley(m).double()) / size**0.5
+        whole: Tensor = torch.block_diag(*[block] * (width // size))
         return (whole if self.seed is None else signs(width, self.seed)[:, None] * whole).to(dtype)
 
     def to_json(self) -> dict[str, Any]:
@@ -124,4 +160,5 @@ def signs(width: int, seed: int) -> Tensor:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
         return (z ^ (z >> 31)) >> 63
 
-    return torch.tensor([1 - 2 * mixed(i) for i in range(width)], dtype=torch.float64)
+    with torch.device("cpu"):  # models are built inside torch.device("meta")
+        return torch.tensor([1 - 2 * mixed(i) for i in range(width)], dtype=torch.float64)

@@ -126,7 +126,7 @@ def without_outer(W_NK: Tensor, spec: Spec) -> tuple[Tensor, Spec, Tensor | None
     """
     if not spec.outer:
         return W_NK, spec, None
-    W_NK = W_NK.float() if spec.rotation is None else spec.rotation.apply(W_NK)
+    W_NK = W_NK.float() if spec.rotation is None else spec.rotation.apply(W_NK.float())
     plain = replace(spec, tensor_scale=False, rotation=None)
     if not spec.tensor_scale:
         return W_NK, plain, None

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from hf_quant.errors import UnsupportedModel, UnsupportedSpec
 from hf_quant.formats import Layer
+from hf_quant.hadamard import Hadamard
 from hf_quant.plan import SitePlan
 from hf_quant.qtensor import QTensor, row_slices, with_outer, without_outer
 from hf_quant.report import Entry
-from hf_quant.rotation import Rotation
 from hf_quant.runtime.branches import Branch, Constant
 from hf_quant.spec import Spec
 from hf_quant.stages.objective import Quadratic
@@ -89,7 +89,7 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
     return Solved(q, branches, inputs, input_range, entry)
 
 
-def rotated(quadratic: Quadratic | None, rotation: Rotation | None) -> Quadratic | None:
+def rotated(quadratic: Quadratic | None, rotation: Hadamard | None) -> Quadratic | None:
     """The same error for the rotated weight `W R`: `R^T H R` and `R^T D R`; weights of their own have no such form."""
     if quadratic is None or rotation is None:
         return quadratic

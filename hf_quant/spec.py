@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from hf_quant.errors import ConfigError
 from hf_quant.grids import FloatGrid, Grid, IntGrid, grid_from_json, grid_to_json
-from hf_quant.rotation import Rotation
+from hf_quant.hadamard import Hadamard
 
 Index = Literal["none", "token", "timestep", "position", "prompt", "cfg_branch", "modality", "expert"]
 Zero = Literal["none", "int", "float"]
@@ -40,7 +40,7 @@ class Spec:
     zero: Zero = "none"
     range: When = "static"
     tensor_scale: bool = False
-    rotation: Rotation | None = None
+    rotation: Hadamard | None = None
     power: float = 1.0
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class Spec:
             raise ConfigError(f"a spec has exactly the fields {sorted(known)}, got {data!r}")
         fields = {**data, "grid": grid_from_json(data["grid"]), "scale": grid_from_json(data["scale"])}
         if "rotation" in data:
-            fields["rotation"] = Rotation.from_json(data["rotation"])
+            fields["rotation"] = Hadamard.from_json(data["rotation"])
         return cls(**fields)
 
     @property

@@ -307,9 +307,9 @@ class TestRotation:
 
     def test_what_does_not_fit_is_refused(self):
         data = make().describe()
-        with pytest.raises(ConfigError, match="do not divide"):
+        with pytest.raises(ConfigError, match="order 100 "):
             QuantLinear.from_json(
-                {**data, "rotation": {"size": 64, "seed": 1}}, (N, K), kind="linear", bias=True, dtype=torch.float32
+                {**data, "rotation": {"size": 200, "seed": 1}}, (N, K), kind="linear", bias=True, dtype=torch.float32
             )
         with pytest.raises(ConfigError, match="newer"):
             QuantLinear.from_json({**data, "warp": 1}, (N, K), kind="linear", bias=True, dtype=torch.float32)

@@ -1,1 +1,1 @@
-"""The Hadamard transform of a layer's input, as one operator. Layout and mathematics: README.md."""
+"""The Hadamard transform of inputs, as one operator. Layout and mathematics: README.md."""

@@ -1,6 +1,7 @@
 """`hf_quant::hadamard`: one operator with a fake and a gradient, so a rotated layer is two nodes for `torch.compile`.
 
-A faster version for a device is a `Kernel` of `KERNELS`; the reference runs where none supports the input.
+`Hadamard.apply` is the reference. Whatever rotates inputs at run time comes here: rotated layers, and kernels for
+weights that are stored rotated. A faster version for a device is a `Kernel` of `KERNELS`, before `Dense`.
 """
 
 from typing import Any, Protocol
@@ -8,11 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_quant.kernels.hadamard.reference import transform
+from hf_quant.hadamard import Hadamard
+from hf_quant.kernels.hadamard.dense import Dense
 
 
 class Kernel(Protocol):
-    """A faster `reference.transform` for some inputs."""
+    """A faster `Hadamard.apply` and `inverse` for some inputs."""
 
     def supports(self, x: Tensor, size: int) -> str | None:
         """None when it can transform x, else the reason why not."""
@@ -21,17 +23,20 @@ class Kernel(Protocol):
         """What the reference gives, up to rounding."""
 
 
-KERNELS: tuple[Kernel, ...] = ()  # tried in order
+KERNELS: tuple[Kernel, ...] = (Dense(),)  # tried in order
 
 
 @torch.library.custom_op("hf_quant::hadamard", mutates_args=())
 def hadamard(x: Tensor, size: int, seed: int | None, inverse: bool) -> Tensor:
     """See `hf_quant.hadamard.Hadamard`; `inverse` undoes it."""
-    for kernel in KERNELS:
-        if kernel.supports(x, size) is None:
-            return kernel.run(x, size, seed, inverse)
-    y = transform(x, size, seed, inverse)
+    y = next(k for k in KERNELS if k.supports(x, size) is None).run(x, size, seed, inverse)
     return y.clone() if y.data_ptr() == x.data_ptr() else y  # an operator's result is no alias of its input
+
+
+def rotate(x: Tensor, rotation: Hadamard) -> Tensor:
+    """`x R`, in x's type, by the operator."""
+    rotated: Tensor = hadamard(x, rotation.size, rotation.seed, False)
+    return rotated
 
 
 @hadamard.register_fake

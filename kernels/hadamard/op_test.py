@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_quant.hadamard import Hadamard
-from hf_quant.kernels.hadamard.op import hadamard
+from hf_quant.kernels.hadamard.op import hadamard, rotate
 
 
 @settings(deadline=None, max_examples=40)
@@ -27,6 +27,14 @@ def test_low_types_are_rounded_once(dtype: torch.dtype) -> None:
     got = hadamard(x, 768, 5, False)
     assert got.dtype == dtype
     assert (got.double() - want).abs().max() <= 1.01 * torch.finfo(dtype).eps / 2 * want.abs().max() + 1e-5
+
+
+@pytest.mark.parametrize(("size", "width"), [(1024, 704), (64, 64), (176, 352), (16, 100), (4096, 4096)])
+def test_it_computes_what_stored_weights_are_read_with(size: int, width: int) -> None:
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+    for rotation in (Hadamard(size), Hadamard(size, 9)):
+        assert (rotate(x, rotation) - rotation.apply(x)).abs().max() < 1e-5
+        assert (hadamard(x, size, rotation.seed, True) - rotation.inverse(x)).abs().max() < 1e-5
 
 
 def test_gradients_of_both_orders() -> None:

@@ -33,6 +33,8 @@ class LutGroup(PackedFormat):
             return f"weights need a grid with a table, not {type(spec.grid).__name__}"
         if layer.shape[1] % spec.grid.vector:
             return f"codes of {spec.grid.vector} values do not divide rows of {layer.shape[1]}"
+        if spec.rotation is not None and (reason := spec.rotation.refuses(layer.shape[1])):
+            return reason
         return refuses(spec) or activation.refuses(layer.inputs)
 
     def weight_layout(self, layer: Layer) -> Layout:

@@ -12,6 +12,7 @@ from hf_quant.grids import CodebookGrid, FloatGrid, Grid, MiniFloatGrid, TableGr
 from hf_quant.kernels._gemm.configs import kind
 from hf_quant.kernels._gemm.kernel import LowRank, TritonKernel, by_row
 from hf_quant.kernels._gemm.operand import RangesOf, Weight, byte_ranges, unit_for
+from hf_quant.kernels.hadamard.op import rotate
 from hf_quant.kernels.int_group.bitstream import unpack_bits
 from hf_quant.kernels.lut.scales import unpack_scales
 from hf_quant.runtime.activation import fake_quantize
@@ -54,7 +55,7 @@ class Triton(TritonKernel):
 
         x_TK, rotation = fake_quantize(x_TK, layer.inputs, tensors), layer.weights.rotation
         if rotation is not None:
-            x_TK = rotation.apply(x_TK).to(x_TK.dtype)
+            x_TK = rotate(x_TK, rotation)
         weight = table_operand(layer, kind(x_TK.device))
         return matmul(x_TK, blob, weight, x_TK.dtype, low_rank=low_rank)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
+from hf_quant.kernels.hadamard.op import rotate
 from hf_quant.kernels.lut.decode import unpack
 from hf_quant.runtime.activation import fake_quantize
 
@@ -31,7 +32,7 @@ class RotatedInput:
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
         assert layer.weights.rotation is not None  # noqa: S101  `supports` has looked
-        v_TK = layer.weights.rotation.apply(fake_quantize(x_TK, layer.inputs, tensors)).to(x_TK.dtype)
+        v_TK = rotate(fake_quantize(x_TK, layer.inputs, tensors), layer.weights.rotation)
         q = unpack(tensors, layer)
         stored = replace(q, spec=replace(q.spec, rotation=None))
         return F.linear(v_TK, stored.dequantize(x_TK.dtype))

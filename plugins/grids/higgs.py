@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hf_quant.errors import ConfigError
 from hf_quant.grids import FloatGrid, GaussianGrid
+from hf_quant.hadamard import Hadamard
 from hf_quant.method import Paper, method
 from hf_quant.qtensor import as_blocks, round_scale
 from hf_quant.recipe import Recipe
-from hf_quant.rotation import Rotation
 from hf_quant.spec import Spec
 
 
@@ -52,7 +52,7 @@ def higgs(bits: int = 4, vector: int = 2, group_size: int = 1024) -> Recipe:
             grid=GaussianGrid(1 << (bits * vector), vector),
             block=(1, group_size),
             scale=FloatGrid("float16"),
-            rotation=Rotation(group_size),
+            rotation=Hadamard(group_size, 0),
         ),
         range=RootMeanSquare(),
     )

@@ -10,10 +10,10 @@ import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.errors import ConfigError
 from hf_quant.grids import GaussianGrid
+from hf_quant.hadamard import Hadamard
 from hf_quant.ledger import true_bits
 from hf_quant.plugins.grids.higgs import RootMeanSquare, higgs
 from hf_quant.plugins.grids.nf4 import normal_float
-from hf_quant.rotation import Rotation
 
 
 def log_probabilities(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -63,12 +63,12 @@ def test_points_are_the_means_of_what_is_nearest_to_them(size: int, vector: int)
 
 
 def test_the_rotation_is_orthogonal_and_makes_weights_gaussian(judge, claims) -> None:  # type: ignore[no-untyped-def]
-    R = Rotation(1024).apply(torch.eye(704))
+    R = Hadamard(1024, 0).apply(torch.eye(704))
     away = float((R @ R.T - torch.eye(704)).abs().max())
     claims.invariant("higgs", "the rotation is orthogonal", away < 1e-5, {"away": away})
     spikes = torch.zeros(4, 256)
     spikes[:, 3], spikes[:, 77] = 1.0, -0.5
-    v = Rotation(256).apply(spikes)
+    v = Hadamard(256, 0).apply(spikes)
     kurtosis = float(v.pow(4).mean() / v.square().mean().square())
     assert kurtosis < 3 < float(spikes.pow(4).mean() / spikes.square().mean().square())
 
