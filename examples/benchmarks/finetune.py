@@ -1,0 +1,149 @@
+"""How much of what rounding loses training wins back: KL and perplexity by bits and method, at equal steps and tokens.
+
+Every model is trained against its full-precision original on the same windows, saved, loaded back and then measured.
+`closed` is the share of gptq's KL at the same bits that is gone. `peft-nf4` is QLoRA as PEFT does it on bitsandbytes'
+NF4, trained by the same loss; its adapter stays beside the codes, as qlora's does.
+
+    python finetune.py MODEL CALIBRATION.npy TEST.npy --bits 3 2 --steps 40
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import hf_quant
+from hf_quant.evaluate import evaluate
+from hf_quant.reference_logits import store
+
+HERE = Path(__file__).resolve().parent
+PEER = "peft-nf4"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a causal language model")
+    parser.add_argument("calibration", type=Path, help=".npy of token ids [n, S]")
+    parser.add_argument("test", type=Path, help=".npy of token ids [n]")
+    parser.add_argument("--methods", nargs="*", default=["gptq", "lr-qat", "l4q", "lsq", "qlora", "qa-lora"])
+    parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=128, help="calibration rows")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=8192, help="evaluation tokens")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "finetune.json")
+    given = parser.parse_args()
+    ids = torch.from_numpy(np.load(given.calibration)[: given.rows, : given.window].astype(np.int64))
+    test = torch.from_numpy(np.load(given.test).astype(np.int64))
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as logits:
+        original = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+        store(original, test, logits, window=given.window, tokens=given.tokens, progress=False)
+        for bits in given.bits:
+            for method in given.methods:
+                if method != PEER:
+                    rows.append(ours(given, method, bits, ids, test, logits))
+                elif bits == 4:
+                    rows.append(peer(given, original, ids, test, logits))
+                else:
+                    continue
+                of_gptq = [r["kl"] for r in rows if r["method"] == "gptq" and r["bits"] == bits]
+                if of_gptq and method != "gptq":
+                    rows[-1]["closed"] = round(1 - rows[-1]["kl"] / of_gptq[0], 3)
+                print(json.dumps(rows[-1]), flush=True)
+                write(given, rows)
+
+
+def ours(given: argparse.Namespace, method: str, bits: int, ids: torch.Tensor, test: torch.Tensor, at: str) -> dict:
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    trains = method != "gptq"
+    extra = {"steps": given.steps, "batch_size": given.batch_size} if trains else {}
+    config = hf_quant.QuantConfig(method, bits=bits, group_size=given.group_size, **extra)
+    run = hf_quant.finetune if trains else hf_quant.quantize
+    began = time.perf_counter()
+    report = run(model, config, data=ids, progress=False)
+    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        found = measured(given, loaded, at, test)
+    training = {n: report.training[n] for n in ("trained", "optimizer_bytes", "logit_difference") if report.training}
+    return {"method": method, "bits": bits, **found, "seconds": round(seconds, 1), **training}
+
+
+def peer(given: argparse.Namespace, original: torch.nn.Module, ids: torch.Tensor, test: torch.Tensor, at: str) -> dict:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
+    )
+    base = AutoModelForCausalLM.from_pretrained(given.model, quantization_config=config, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    warm = max(1, given.steps // 10)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(i / warm, max(0, given.steps - i) / (given.steps - warm))
+    )
+    generator = torch.Generator().manual_seed(0)
+    began = time.perf_counter()
+    for _ in range(given.steps):
+        batch = ids[torch.randperm(len(ids), generator=generator)[: given.batch_size]]
+        with torch.no_grad():
+            target = original(batch).logits.log_softmax(-1)
+        mine = model(batch).logits.log_softmax(-1)
+        loss = torch.nn.functional.kl_div(mine, target, log_target=True, reduction="none").sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        rate.step()
+    seconds = time.perf_counter() - began
+    found = measured(given, model.eval(), at, test) | {"true_bits": None}
+    trained = sum(p.numel() for p in learned)
+    return {"method": PEER, "bits": 4, **found, "seconds": round(seconds, 1), "trained": trained}
+
+
+def measured(given: argparse.Namespace, model: torch.nn.Module, at: str, test: torch.Tensor) -> dict:
+    found = evaluate(model, at, test, window=given.window, tokens=given.tokens, progress=False)
+    return {
+        "true_bits": round(found.bits_per_weight or 0.0, 4),
+        "kl": round(found.kl or 0.0, 6),
+        "kl_error": round(found.kl_error or 0.0, 6),
+        "perplexity": round(found.perplexity, 3),
+        "top1": round(found.top1 or 0.0, 2),
+    }
+
+
+def write(given: argparse.Namespace, rows: list[dict]) -> None:
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    result = {
+        "command": f"finetune.py {Path(given.model).name} {given.calibration.name} {given.test.name} --bits "
+        f"{' '.join(map(str, given.bits))} --methods {' '.join(given.methods)} --group-size {given.group_size} --steps "
+        f"{given.steps} --batch-size {given.batch_size} --rows {given.rows} --window {given.window} --tokens "
+        f"{given.tokens}",
+        "versions": {"hf-quant": hf_quant.__version__, **{n: version(n) for n in names}},
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "rows": rows,
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
