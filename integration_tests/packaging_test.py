@@ -85,6 +85,8 @@ def expected_modules() -> set[str]:
     found = {"hf_quant_autoload.py"}
     for top, prefix in (("hf_quant", ""), ("plugins", "hf_quant/"), ("kernels", "hf_quant/")):
         for file in (ROOT / top).rglob("*.py"):
+            if file.parent == ROOT / "kernels" / "bench":  # scripts of the repository
+                continue
             if not file.name.endswith("_test.py") and file.name != "conftest.py":
                 found.add(prefix + file.relative_to(ROOT).as_posix())
     return found
@@ -103,7 +105,7 @@ def test_the_wheel_holds_every_module_no_test_and_nothing_else_at_top_level(whee
     assert {n for n in names if n.endswith(".py")} == expected_modules()
     assert {n.split("/")[0] for n in names} == {"hf_quant", "hf_quant_autoload.py", "hf_quant-0.1.0.dist-info"}
     data = {f.relative_to(ROOT).as_posix() for f in (ROOT / "hf_quant").rglob("*.jinja")}
-    data |= {"hf_quant/" + f.relative_to(ROOT).as_posix() for f in (ROOT / "kernels").rglob("README.md")}
+    data |= {"hf_quant/" + f.relative_to(ROOT).as_posix() for f in (ROOT / "kernels").glob("*/README.md")}
     assert {"hf_quant/py.typed", "hf_quant-0.1.0.dist-info/licenses/LICENSE", *data} <= set(names)
 
 
