@@ -66,6 +66,7 @@ def test_edges() -> None:
         GreedyDescent(0)
 
 
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """The paper's models are vision transformers; here the trained language model is the judge."""
     setting = {"bits": 4, "group_size": -1}

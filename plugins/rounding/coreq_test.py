@@ -81,7 +81,8 @@ def test_edges() -> None:
     assert output_error(W, q, Quadratic(H)) < 0.1 * output_error(W, W * 0, Quadratic(H))
 
 
-@pytest.mark.parametrize("peer", ["gptq", pytest.param("gptaq", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["gptq", "gptaq"])
 def test_claim(judge, claims, peer: str) -> None:  # type: ignore[no-untyped-def]
     """With 16 calibration sequences of 256 tokens."""
     setting = {"bits": 3, "group_size": -1}

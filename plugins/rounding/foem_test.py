@@ -65,6 +65,7 @@ def compare(judge, claims, bits: int, beta: float, reproduced: bool) -> None:  #
     claims.order("foem", statement, ours=ours, theirs=theirs, reproduced=reproduced)
 
 
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     compare(judge, claims, 2, 0.2, True)
 

@@ -2,6 +2,7 @@
 
 from statistics import fmean
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -71,6 +72,7 @@ def test_wider_layers_lose_less(claims) -> None:  # type: ignore[no-untyped-def]
     claims.invariant("gpfq", "relative error falls as a layer gets wider, 128 to 1024", falls, {"errors": errors})
 
 
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     setting = {"bits": 4, "group_size": 64, "symmetric": True}
     ours = [judge.kl("gpfq", seed=seed, **setting) for seed in range(3)]

@@ -70,7 +70,8 @@ def test_no_layer_of_a_trained_model_is_worse_than_gptq(judge, claims) -> None: 
     )
 
 
-@pytest.mark.parametrize(("bits", "factor"), [(3, 0.98), pytest.param(2, 1.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "factor"), [(3, 0.98), (2, 1.0)])
 def test_claim(judge, claims, bits: int, factor: float) -> None:  # type: ignore[no-untyped-def]
     """With 4096 calibration tokens; with sixteen times as many the layers' lower errors show in full."""
     setting = {"bits": bits, "group_size": 64}

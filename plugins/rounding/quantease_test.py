@@ -79,6 +79,7 @@ def test_layer_errors_of_a_trained_model(judge, claims) -> None:  # type: ignore
     claims.order("quantease", "layer errors no higher than gptq's, 3 bits, a row a scale", ours=ours, theirs=theirs)
 
 
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     setting = {"bits": 3, "group_size": -1}
     ours, theirs = ([judge.kl(m, seed=seed, **setting) for seed in range(3)] for m in ("quantease", "gptq"))

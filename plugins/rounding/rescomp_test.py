@@ -59,7 +59,8 @@ def test_two_bits_take_the_rounded_columns() -> None:
         assert rescomp(bits).solver.corrections == (Residual(of=of),)  # type: ignore[attr-defined,arg-type]
 
 
-@pytest.mark.parametrize(("peer", "reproduced"), [("gptq", True), pytest.param("gptaq", False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("peer", "reproduced"), [("gptq", True), ("gptaq", False)])
 def test_claim(judge, claims, peer: str, reproduced: bool) -> None:  # type: ignore[no-untyped-def]
     """The departure term does not lower the error here: all of the gain over GPTQ is that of GPTAQ's drift."""
     setting = {"bits": 3, "group_size": -1}
