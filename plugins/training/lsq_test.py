@@ -31,9 +31,8 @@ def test_claim(judge, claims) -> None:
     setting = {"bits": 2, "group_size": 32}
     ours = [judge.kl("lsq", seed=s, steps=30, batch_size=4, lr=1e-3, **setting) for s in range(2)]
     theirs = [judge.kl("gptq", seed=s, **setting) for s in range(2)]
-    claims.order(
-        "lsq", "KL below gptq's after 30 steps of 4 windows, 2 bits in groups of 32 (tiny-lm)", ours=ours, theirs=theirs
-    )
+    statement = "KL below gptq's after 30 steps of 4 windows, 2 bits in groups of 32 (tiny-lm)"
+    claims.order("lsq", statement, ours=ours, theirs=theirs, reproduced=False)  # 1.9 of it: too few steps at this rate
 
 
 def test_scaled_gradient() -> None:
