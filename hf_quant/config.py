@@ -193,9 +193,10 @@ def _build(name: str, given: dict[str, Any], budget: Budget | None, *, strict: b
     found = method_named(name)
     arguments = found.arguments(given)
     try:
-        if budget is not None and (strict or "bits" in found.signature.parameters):
-            return budgeted(found, given, budget)
-        return found.build(**arguments)
+        with torch.device("cpu"):  # where a model is loaded the default is meta, and levels are computed here
+            if budget is not None and (strict or "bits" in found.signature.parameters):
+                return budgeted(found, given, budget)
+            return found.build(**arguments)
     except TypeError as error:
         raise ConfigError(f"method {name!r} cannot take {given}: {error}") from None
 

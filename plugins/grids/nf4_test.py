@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_quant import QuantConfig
 from hf_quant.kernels.bnb_4bit.format import NF4
 
 
@@ -13,6 +14,13 @@ def test_levels_are_quantiles_of_the_normal_distribution(claims) -> None:  # typ
     levels = torch.cat((positive, torch.zeros(1), negative)).sort().values
     away = (levels / levels.max() - torch.tensor(NF4, dtype=torch.float64)).abs().max().item()
     claims.invariant("nf4", "its levels are the quantiles of the normal distribution", away < 1e-6, {"away": away})
+
+
+def test_levels_are_the_same_while_a_model_is_loaded() -> None:
+    """The default device is meta then."""
+    expected = QuantConfig("nf4", bits=3).quantizer()
+    with torch.device("meta"):
+        assert QuantConfig("nf4", bits=3).quantizer() == expected
 
 
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
