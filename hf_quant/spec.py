@@ -117,10 +117,15 @@ class Spec:
         return self.tensor_scale or self.rotation is not None
 
 
-def int_spec(bits: int, group_size: int = -1, *, symmetric: bool = False, scale: str = "bfloat16") -> Spec:
-    """Integer weights in groups of `group_size` along K (-1: per output channel)."""
+def check_group_size(group_size: int) -> None:
+    """Raises `ConfigError` for what is no number of weights along K, nor -1."""
     if type(group_size) is not int or (group_size != -1 and group_size < 1):
         raise ConfigError(f"group_size={group_size!r}: a positive integer, or -1 for one scale per output channel")
+
+
+def int_spec(bits: int, group_size: int = -1, *, symmetric: bool = False, scale: str = "bfloat16") -> Spec:
+    """Integer weights in groups of `group_size` along K (-1: per output channel)."""
+    check_group_size(group_size)
     return Spec(
         grid=IntGrid(bits, signed=symmetric),
         block=(1, group_size),

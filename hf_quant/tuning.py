@@ -131,10 +131,6 @@ def updated(entries: Sequence[Entry], tuned: Mapping[str, tuple[float, float]]) 
     return result
 
 
-class _SeenError(Exception):
-    """Ends a forward whose rest nobody needs."""
-
-
 def _watch(unit: Unit, run: Callable[[], Any], loss: UnitLoss | None) -> tuple[Call, Tensor | None]:
     """How the unit is called in one forward and, with a loss, what of its output is remembered."""
     parts = list(unit.module.parts) if isinstance(unit.module, Chain) else [unit.module]

@@ -184,11 +184,6 @@ def _usage(asm: Mapping[str, Any]) -> tuple[int, int]:
     return registers, stack + local
 
 
-def sass(compiled: Compiled) -> str:
-    """Machine code of an NVIDIA kernel as text."""
-    return _tool("nvdisasm", "-c", compiled.asm["cubin"])
-
-
 def _tool(name: str, option: str, cubin: bytes) -> str:
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

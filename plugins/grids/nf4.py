@@ -14,7 +14,7 @@ from hf_quant.grids import FloatGrid, LevelGrid
 from hf_quant.kernels.bnb_4bit.format import NF4
 from hf_quant.method import Paper, method
 from hf_quant.recipe import Recipe
-from hf_quant.spec import Spec
+from hf_quant.spec import Spec, check_group_size
 
 
 def normal_float(bits: int) -> tuple[float, ...]:
@@ -38,8 +38,7 @@ def normal_float(bits: int) -> tuple[float, ...]:
 )
 def nf4(bits: int = 4, group_size: int = 64) -> Recipe:
     """The nearest level, in units of each group's largest magnitude."""
-    if type(group_size) is not int or (group_size != -1 and group_size < 1):
-        raise ConfigError(f"group_size={group_size!r}: a positive integer, or -1 for one scale per output channel")
+    check_group_size(group_size)
     if type(bits) is not int or not 2 <= bits <= 8:
         raise ConfigError(f"bits={bits!r}: 2 to 8, and 4 is NF4")
     return Recipe(weights=Spec(grid=LevelGrid(normal_float(bits)), block=(1, group_size), scale=FloatGrid("bfloat16")))

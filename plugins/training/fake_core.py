@@ -3,12 +3,26 @@
 import torch
 from torch import Tensor, nn
 
+from hf_quant.errors import ConfigError
+from hf_quant.qtensor import QTensor
 from hf_quant.stages.fakequant import exactly
 
 
 def scaled_gradient(x: Tensor, factor: float) -> Tensor:
     """x, whose gradient is multiplied (LSQ's normalization of step sizes)."""
     return exactly(x * factor, x.detach())
+
+
+@torch.no_grad()
+def keep_positive(scale: Tensor, q: QTensor) -> None:
+    """After a step: no step size falls below a tenth of the one it began with."""
+    scale.copy_(torch.maximum(scale, 0.1 * q.scale))
+
+
+def check_rank(rank: int) -> None:
+    """Raises `ConfigError` for what is no rank."""
+    if type(rank) is not int or rank < 1:
+        raise ConfigError(f"rank={rank!r}: a positive integer")
 
 
 class LowRankTerm(nn.Module):

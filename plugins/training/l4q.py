@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.plugins.training.fake_core import LowRankTerm, scaled_gradient
+from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive, scaled_gradient
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
@@ -81,10 +80,9 @@ class L4qFake(FakeQuant):
         rates: list[Learned] = [(self.term.A, self.how.lr), (self.term.B, self.how.lr), (self.scale, self.how.lr_scale)]
         return rates if self.zero is None else [*rates, (self.zero, self.how.lr_zero)]
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """A step size stays positive."""
-        self.scale.copy_(torch.maximum(self.scale, 0.1 * self.q.scale))
+        keep_positive(self.scale, self.q)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +97,7 @@ class L4q:
     estimator: Estimator = Clipped()
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ConfigError(f"rank={self.rank!r}: a positive integer")
+        check_rank(self.rank)
 
     def refuses(self, spec: Spec) -> str | None:
         """Integer grids."""

@@ -15,11 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.plugins.training.fake_core import LowRankTerm
+from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
@@ -77,10 +76,9 @@ class LrQatFake(FakeQuant):
         """A, B and step sizes."""
         return [(self.term.A, self.how.lr), (self.term.B, self.how.lr), (self.scale, self.how.lr_scale)]
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """A step size stays positive."""
-        self.scale.copy_(torch.maximum(self.scale, 0.1 * self.q.scale))
+        keep_positive(self.scale, self.q)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +93,7 @@ class LrQat:
     estimator: Estimator = Clipped()
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ConfigError(f"rank={self.rank!r}: a positive integer")
+        check_rank(self.rank)
 
     def refuses(self, spec: Spec) -> str | None:
         """Integer grids."""

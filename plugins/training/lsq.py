@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
-from hf_quant.plugins.training.fake_core import scaled_gradient
+from hf_quant.plugins.training.fake_core import keep_positive, scaled_gradient
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
@@ -66,10 +66,9 @@ class LsqFake(FakeQuant):
         """Weights and step sizes."""
         return [(self.weight, self.how.lr), (self.scale, self.how.lr_scale)]
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """A step size stays positive."""
-        self.scale.copy_(torch.maximum(self.scale, 0.1 * self.q.scale))
+        keep_positive(self.scale, self.q)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_quant.errors import ConfigError
 from hf_quant.grids import IntGrid
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.plugins.training.fake_core import LowRankTerm
+from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
-from hf_quant.spec import Spec
+from hf_quant.spec import Spec, check_group_size
 from hf_quant.stages.fakequant import FakeQuant, Learned
 from hf_quant.stages.objective import LayerMse
 from hf_quant.stages.sampler import TextSampler
@@ -65,8 +64,7 @@ class QaLora:
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ConfigError(f"rank={self.rank!r}: a positive integer")
+        check_rank(self.rank)
 
     def refuses(self, spec: Spec) -> str | None:
         """Takes float zero points and nothing else."""
@@ -96,8 +94,7 @@ def qa_lora(
     gradient_checkpointing: bool = False,
 ) -> Recipe:
     """GPTQ with float zero points, then training of those by low-rank terms."""
-    if type(group_size) is not int or (group_size != -1 and group_size < 1):
-        raise ConfigError(f"group_size={group_size!r}: a positive integer, or -1 for one scale per output channel")
+    check_group_size(group_size)
     return Recipe(
         weights=Spec(grid=IntGrid(bits), block=(1, group_size), zero="float"),
         range=MseClip(steps=24, floor=0.5, power=2.0),

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
-from hf_quant.plugins.training.fake_core import LowRankTerm
+from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank
 from hf_quant.qtensor import QTensor
 from hf_quant.recipe import Recipe
 from hf_quant.runtime.branches import Branch, LowRank
@@ -61,8 +60,7 @@ class Qlora:
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ConfigError(f"rank={self.rank!r}: a positive integer")
+        check_rank(self.rank)
 
     def refuses(self, spec: Spec) -> str | None:
         """Takes every grid: codes are not touched."""
