@@ -5,7 +5,8 @@ are refused when their bytes do not match their SHA-256, only the owner's token 
 block is not valid stops the push. It leaves out Xet storage (a client falls back to LFS with HF_HUB_DISABLE_XET=1),
 pull requests, datasets, Spaces and everything that is not about one model repository; a request outside is answered
 404 and remembered in `Hub.unknown`, so a test can tell that nothing was asked in vain. Large files lie on a second
-port, as the Hub's lie on another host: a client reads their metadata from the redirect and follows it without a token.
+port under another name of this machine, as the Hub's lie on another host: a client reads their metadata from the
+redirect and follows it without a token.
 """
 
 import base64
@@ -383,7 +384,8 @@ def serve() -> Iterator[Hub]:
     hub = Hub()
     handler = type("BoundHandler", (Handler,), {"hub": hub})
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
-    hub.url, hub.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    ports = [server.server_address[1] for server in servers]
+    hub.url, hub.storage = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
     threads = [threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in servers]
     for thread in threads:
         thread.start()

@@ -7,8 +7,10 @@ PEFT cannot put on any quantized layer are listed with the reason.
 import copy
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
@@ -94,6 +96,7 @@ def test_every_tuner_trains_saves_and_loads_back(kind: str, tmp_path: Path) -> N
     base = llama()
     plain = copy.deepcopy(base)
     untouched = plain(IDS).logits
+    torch.manual_seed(0)  # PEFT 0.19 draws ADAMSS's subspaces from the global generator, when it loads again too
     tuned = get_peft_model(base, config_of(kind))
     if not any(kind.startswith(n) or n in kind for n in NO_WEIGHTS):
         layer = tuned.base_model.model.model.layers[0].mlp.up_proj
@@ -109,10 +112,12 @@ def test_every_tuner_trains_saves_and_loads_back(kind: str, tmp_path: Path) -> N
         with tuned.disable_adapter():
             assert torch.equal(tuned(input_ids=IDS).logits, untouched)
         tuned.save_pretrained(tmp_path)
+        torch.manual_seed(0)
         loaded = PeftModel.from_pretrained(plain, tmp_path).eval()
         assert torch.equal(loaded(input_ids=IDS).logits, want)
 
 
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="some that we leave out came with PEFT 0.21")
 def test_what_is_left_out_is_known_to_this_peft() -> None:
     known = {t.value for t in PEFT_TYPE_TO_CONFIG_MAPPING} | {"ARROW"}
     assert set(LEFT_OUT) <= known

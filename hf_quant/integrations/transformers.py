@@ -89,6 +89,8 @@ class Quantizer(TransformersQuantizer):  # type: ignore[misc]  # an untyped base
                 open_seal(self.files, sealed=config.sealed is not None)
             checkpoint.build_skeleton(model, config.description, dtype=self.dtype)
             ignore_tripwire(model)
+            parts = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
+            adapt_plan(model, model.tp_plan, parts or 1)  # type: ignore[arg-type]
             return model
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedModel(
@@ -133,12 +135,6 @@ class Quantizer(TransformersQuantizer):  # type: ignore[misc]  # an untyped base
             config = self.quantization_config
             report = config.quantizer().quantize(model, config.job(processor=_tokenizer(model, config)))
         finish(model, self, report)
-
-    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
-        """Packed tensors are cut like the weight they stand for; a plan that would cut a group is refused."""
-        super().update_parallel_plan(model, plan)
-        parts = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
-        adapt_plan(model, plan, parts or 1)
 
     # ---- saving -------------------------------------------------------------------------------------------------
 
