@@ -127,10 +127,11 @@ class _Forward:
 
 
 def first_tensor(out: Any) -> Tensor:  # noqa: ANN401  whatever a block returns
-    """The hidden states in a block's output."""
-    hidden = out if isinstance(out, Tensor) else out[0]
-    if not isinstance(hidden, Tensor):
-        raise UnsupportedModel(f"a block returned {type(out).__name__}, no tensor of hidden states first")
+    """The hidden states in a block's output: the first tensor of it."""
+    parts = [out] if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else out.values()
+    hidden = next((part for part in parts if isinstance(part, Tensor)), None)
+    if hidden is None:
+        raise UnsupportedModel(f"a block returned {type(out).__name__} without a tensor of hidden states")
     return hidden
 
 

@@ -14,6 +14,7 @@ from hf_quant import checkpoint
 from hf_quant.config import QuantConfig, QuantMethod
 from hf_quant.errors import CheckpointError, NotSupported
 from hf_quant.finite import require_finite
+from hf_quant.integrations.diffusers_models import adapt
 from hf_quant.integrations.finish import finish
 from hf_quant.integrity import seal, verify
 from hf_quant.on_load import install_loaded, plan_on_load, report_loaded, wants
@@ -129,10 +130,12 @@ class Quantizer(DiffusersQuantizer):  # type: ignore[misc]  # an untyped base
         if self.pre_quantized:
             checkpoint.validate(model)
             bind(model)
+            adapt(model)
         else:
             assert self.plan is not None  # noqa: S101  the model was planned before it was loaded
             require_finite(model)
             finish(model, self, report_loaded(self.plan, self.entries, self.started))
+            self.plan, self.entries = None, {}  # done with; models are copied together with their quantizer
         checkpoint.prepare_all(model)
         return model
 

@@ -44,7 +44,10 @@ def finish(model: nn.Module, quantizer: Any, report: Report) -> Report:  # noqa:
     anything.hf_quantizer, anything.hf_quant_report = quantizer, report
     anything.is_quantized, anything.quantization_method = True, done.quant_method
     if hasattr(model, "register_to_config"):  # diffusers keeps its config frozen
+        from hf_quant.integrations.diffusers_models import adapt
+
         anything.register_to_config(quantization_config=done)
+        adapt(model)
     elif getattr(model, "config", None) is not None:
         anything.config.quantization_config = done
         for module in model.modules():

@@ -131,6 +131,7 @@ class Quantizer(TransformersQuantizer):  # type: ignore[misc]  # an untyped base
         require_finite(model)
         if self.plan is not None:
             report = report_loaded(self.plan, self.entries, self.started)
+            self.plan, self.entries = None, {}  # done with; models are copied together with their quantizer
         else:
             config = self.quantization_config
             report = config.quantizer().quantize(model, config.job(processor=_tokenizer(model, config)))

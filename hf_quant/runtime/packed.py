@@ -56,7 +56,8 @@ class Packed(nn.Module, ABC):
         layout = fmt.layout(layer)
         self._names, self._qweight_shape = tuple(layout), layout["qweight"][0]
         self._unprepare()
-        for name in layout:
+        # models ask the first parameter of a module, or the first floating one, for the type to compute in
+        for name in sorted(layout, key=lambda name: layout[name][1] not in COMPUTE_DTYPES):
             self.register_parameter(name, frozen(tensors[name]))
 
     @property
