@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from hf_quant.grids import IntGrid
 from hf_quant.plugins.rounding.adaround import AdaRound
+from hf_quant.plugins.rounding.flexround import FlexRound
 from hf_quant.plugins.rounding.gptq import Gptq
+from hf_quant.plugins.rounding.lrq import Lrq
 from hf_quant.plugins.rounding.lsq_ptq import Places
 from hf_quant.qtensor import QTensor
 from hf_quant.spec import Spec, int_spec
@@ -20,7 +22,12 @@ from hf_quant.stages.reconstruction import Mse, Reconstruction
 from hf_quant.stages.solver import Nearest
 from hf_quant.stages.tuner import Example, Fitted, Unit
 
-ROUNDINGS: dict[str, Rounding] = {"adaround": AdaRound(lr=0.05), "lsq-ptq": Places(lr=0.02)}
+ROUNDINGS: dict[str, Rounding] = {
+    "adaround": AdaRound(lr=0.05),
+    "flexround": FlexRound(lr=0.02),
+    "lrq": Lrq(lr=0.02),
+    "lsq-ptq": Places(lr=0.02),
+}
 SPECS = {
     "groups": int_spec(3, 16),
     "ragged groups": int_spec(2, 10, symmetric=True),
