@@ -63,7 +63,7 @@ class FlexRoundFake(FakeQuant):
     def steps(self) -> Tensor:
         """Before rounding, in steps of the grid."""
         q = self.q
-        steps = self.start * (-(expand(self.r, q.spec, q.shape) + self.divisor())).exp()
+        steps: Tensor = self.start * (-(expand(self.r, q.spec, q.shape) + self.divisor())).exp()
         return steps if q.zero is None else steps + expand(q.zero, q.spec, q.shape)
 
     def scale(self) -> Tensor:

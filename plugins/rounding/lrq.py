@@ -35,7 +35,8 @@ class LowRankDivisor(nn.Module):
 
     def forward(self) -> Tensor:
         """`[N, K]`."""
-        return self.L @ self.U + self.d + self.e
+        log_NK: Tensor = self.L @ self.U + self.d + self.e
+        return log_NK
 
 
 @dataclass(frozen=True, slots=True)
