@@ -183,7 +183,8 @@ def _refuse_other_tokens(unit: Unit, call: Call, fp_call: Call) -> None:
 
 def _squared_gradient(model: nn.Module, unit: Unit, batch: Batch, seed: int) -> Tensor:
     """Diagonal of the Fisher information at the unit's output, a sample of it: squared gradient of the log-likelihood
-    of labels drawn from the model's own prediction. In full precision; its mean is 1."""
+    of an answer drawn from the model's own prediction: labels of its logits, else a Gaussian around its output (a
+    denoiser's). In full precision; its mean is 1."""
     last = unit.module.parts[-1] if isinstance(unit.module, Chain) else unit.module
     leaf: list[Tensor] = []
 
@@ -198,10 +199,16 @@ def _squared_gradient(model: nn.Module, unit: Unit, batch: Batch, seed: int) -> 
         for parameter in asked:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            log_p = first_tensor(run_model(model, batch, home)).float().log_softmax(-1).flatten(0, -2)
+            told = run_model(model, batch, home)
             generator = torch.Generator().manual_seed(seed)
-            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-            (gradient,) = torch.autograd.grad(log_p.gather(1, drawn).sum(), leaf[0])
+            if hasattr(told, "logits"):
+                log_p = told.logits.float().log_softmax(-1).flatten(0, -2)
+                drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+                likelihood = log_p.gather(1, drawn).sum()
+            else:  # its gradient is that of -|answer - mean|^2 / 2 with answer = mean + noise
+                mean = first_tensor(told).float()
+                likelihood = (mean * torch.randn(mean.shape, generator=generator).to(mean.device)).sum()
+            (gradient,) = torch.autograd.grad(likelihood, leaf[0])
     finally:
         handle.remove()
         for parameter in asked:

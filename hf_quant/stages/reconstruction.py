@@ -116,6 +116,18 @@ def _matrix(weight: Tensor, transposed: bool) -> Tensor:
     return (weight.T if transposed else weight.flatten(1)).float()
 
 
+def _transposed(module: nn.Module) -> bool:
+    found = linear_shape(module)
+    return found is not None and found[0] == "conv1d"
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a site as `W_NK`, in float32, apart from the graph."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)  # noqa: S101
+    return _matrix(weight.detach(), _transposed(module))
+
+
 class _OnWeight(nn.Module):
     """A FakeQuant of `W_NK` as the parametrization of a stored weight.
 
@@ -209,12 +221,7 @@ def _faked(
     handles = []
     try:
         for name, module in unit.sites.items():
-            found = linear_shape(module)
-            transposed = found is not None and found[0] == "conv1d"
-            weight = module.weight
-            assert isinstance(weight, Tensor)  # noqa: S101
-            W_NK = _matrix(weight.detach(), transposed)
-            on = _OnWeight(how.rounding.start(W_NK, start[name].q, generator), transposed)
+            on = _OnWeight(how.rounding.start(matrix_of(module), start[name].q, generator), _transposed(module))
             parametrize.register_parametrization(module, "weight", on, unsafe=True)
             weights[name] = on
             if start[name].inputs is not None:

@@ -7,9 +7,9 @@ further than small ones for the same change of their scale:
 
 Shapes: W_NK weight; D `[N, K]`; d `[N, 1]`; s, z and r `[N, K / group_size]`, or one of each for the tensor.
 Differs from the paper: steps of groups and rows besides those of a tensor; begins at searched ranges, and at whatever
-codes a solver left; s exp(r) is rounded to its stored type in every forward; static ranges of inputs stay as fitted;
-convolutions get no further factor for their input channels; 300 steps of Adam a block (the paper: 5000), fed by the
-quantized path, of which the best hard check is kept.
+codes a solver left; s exp(r) is rounded to its stored type in every forward; learning rates halve with every bit, as a
+step's share of the range does; convolutions get no further factor for their input channels; 300 steps of Adam a block
+(the paper: 5000), fed by the quantized path (with rounded inputs: as `qdrop` does), the best hard check kept.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,9 @@ class FlexRoundFake(FakeQuant):
 
     def __init__(self, W_NK: Tensor, q: QTensor, divisor: nn.Module, lr: float, scale_lr: float) -> None:
         super().__init__()
-        self.q, self.divisor, self.lr, self.scale_lr = q, divisor, lr, scale_lr
+        low, high = bounds(q.spec)
+        share = 16 / (high - low + 1)  # of a step in the range, against 4 bits
+        self.q, self.divisor, self.lr, self.scale_lr = q, divisor, lr * share, scale_lr * share
         self.start = values_of(latent(W_NK, q), torch.ones_like(q.scale), q)  # W / s, in the cells of the codes
         self.r = nn.Parameter(torch.zeros_like(q.scale))
 
@@ -89,7 +91,7 @@ class FlexRound:
     """A divisor for every weight.
 
     Attributes:
-        lr: learning rate of the logarithms D and d.
+        lr: learning rate of the logarithms D and d at 4 bits.
         scale_lr: of that of the steps.
     """
 
@@ -109,13 +111,13 @@ def blockwise(
     rounding: Rounding, bits: int, act_bits: int | None, group_size: int, per_tensor: bool, steps: int, clip_steps: int
 ) -> Recipe:
     """Nearest in searched ranges, static inputs where they have bits, then `rounding`, one block after the other."""
-    rows = int_spec(bits, group_size)
+    rows, share = int_spec(bits, group_size), 1.0 if act_bits is None else 0.5
     return Recipe(
         weights=Spec(grid=rows.grid, block=(-1, -1), zero="int") if per_tensor else rows,
         inputs=None if act_bits is None else act_spec(act_bits, static=True, symmetric=False),
         range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
         sampler=TextSampler(batch_size=2),
-        tuner=Reconstruction(rounding, steps=steps),
+        tuner=Reconstruction(rounding, steps=steps, share=share, input_lr=1e-3),
     )
 
 

@@ -75,9 +75,10 @@ def test_claim_one_scale_a_tensor(judge, claims) -> None:  # type: ignore[no-unt
     def kl(rounding: AdaRound | FlexRound, seed: int) -> float:
         model, how = judge.model(), QuantConfig("flexround", **TENSOR).quantizer()
         assert isinstance(how, Recipe)
-        how = replace(how, tuner=Reconstruction(rounding, steps=60))
+        assert isinstance(how.tuner, Reconstruction)
+        how = replace(how, tuner=replace(how.tuner, rounding=rounding, steps=30))
         how.quantize(model, Job(data=judge.data(seed), seed=seed, progress=False))
         return judge.distance(model)[0]
 
     ours, theirs = ([kl(rounding, seed) for seed in range(3)] for rounding in (FlexRound(), AdaRound()))
-    claims.order("flexround", "KL at most adaround's, W8A8, a step a tensor, 60 steps", ours=ours, theirs=theirs)
+    claims.order("flexround", "KL at most adaround's, W8A8, a step a tensor, 30 steps", ours=ours, theirs=theirs)

@@ -44,7 +44,7 @@ class Lrq:
     """A divisor for every weight, of low rank.
 
     Attributes:
-        lr: learning rate of the divisor's parts.
+        lr: learning rate of the divisor's parts at 4 bits.
         scale_lr: of the logarithm of the steps.
         rank: of L U; None: K / 8.
     """
