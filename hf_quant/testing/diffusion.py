@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import hf_quant
 from hf_quant import QuantConfig
+from hf_quant.drawing import Call, Drawing, backbone, watched
+from hf_quant.picture_metrics import decibels
 from hf_quant.stages.sampler import Batch
 
 PICTURES = 4
@@ -45,37 +47,21 @@ class DiffusionJudge:
         """The network that is quantized."""
         return backbone(self.pipeline())
 
-    @torch.no_grad()
     def draw(self, pipeline: Any, seed: int) -> Tensor:  # noqa: ANN401
         """Pictures `[PICTURES, H, W, C]` from the noise of a seed."""
-        given: dict[str, Any] = {"batch_size": PICTURES}
-        if "class_labels" in inspect.signature(pipeline.__call__).parameters:
-            labels = [(seed + i) % 10 for i in range(PICTURES)]
-            given = {"class_labels": labels, "guidance_scale": self.guidance}
-        generator = torch.Generator().manual_seed(seed)
-        drawn = pipeline(num_inference_steps=self.steps, generator=generator, output_type="np", **given)
-        return torch.as_tensor(drawn.images)
+        by_class = "class_labels" in inspect.signature(pipeline.__call__).parameters
+        asked = Drawing(steps=self.steps)
+        if by_class:
+            asked = Drawing(steps=self.steps, guidance=self.guidance, class_labels=range(10))
+        return asked.draw(pipeline, range(seed, seed + PICTURES), torch.Generator().manual_seed(seed))
 
     def record(self, seed: int) -> tuple[list[Batch], list[Tensor], Tensor]:
         """What the network is called with at every step, what it answers, and the pictures."""
         pipeline = self.pipeline()
-        network = backbone(pipeline)
-        calls: list[Batch] = []
-        answers: list[Tensor] = []
-
-        def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:  # noqa: ANN401
-            given = inspect.signature(network.forward).bind(*args, **kwargs).arguments
-            batch = {k: v for k, v in given.items() if isinstance(v, Tensor)}
-            rows = len(next(iter(batch.values())))
-            calls.append({k: v.expand(rows) if v.dim() == 0 else v for k, v in batch.items()})
-            answers.append(out[0] if isinstance(out, tuple) else out.sample)
-
-        handle = network.register_forward_hook(watch, with_kwargs=True)
-        try:
+        calls: list[Call] = []
+        with watched(backbone(pipeline), calls.append):
             pictures = self.draw(pipeline, seed)
-        finally:
-            handle.remove()
-        return calls, answers, pictures
+        return [c.batch for c in calls], [c.answer for c in calls], pictures
 
     def data(self, seed: int) -> list[Batch]:
         """Calibration data of one seed: the inputs at every step of drawing."""
@@ -99,7 +85,7 @@ class DiffusionJudge:
             ratios = []
             for batch, wanted in zip(calls, answers, strict=True):
                 noise = (network(**batch).sample - wanted).square().sum() / wanted.square().sum()
-                ratios.append(float(-10 * noise.clamp_min(1e-20).log10()))
+                ratios.append(float(decibels(noise)))
             self.measured[key] = ratios, float((self.draw(pipeline, TEST) - pictures).square().mean())
         return self.measured[key]
 
@@ -110,9 +96,3 @@ class DiffusionJudge:
     def trajectory(self, method: str, *, seed: int = 0, **arguments: Any) -> float:  # noqa: ANN401
         """Mean squared difference of the final pictures to full precision's, from the same noise."""
         return self._measure(method, seed, arguments)[1]
-
-
-def backbone(pipeline: Any) -> nn.Module:  # noqa: ANN401
-    """The U-Net or transformer of a pipeline."""
-    network: nn.Module = getattr(pipeline, "unet", None) or pipeline.transformer
-    return network

@@ -1,0 +1,160 @@
+"""Drawing: pictures of a diffusion pipeline from given noise, and what its network is called with on the way."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.errors import ConfigError, RunError, UnsupportedModel
+from hf_quant.runtime.clock import NAME as TIMESTEP
+from hf_quant.stages.sampler import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """How pictures are asked for. Picture i is drawn of class or prompt i, counted round and round.
+
+    Attributes:
+        steps: of denoising.
+        guidance: scale of classifier-free guidance; None: the pipeline's own.
+        class_labels: for pipelines that draw by class.
+        prompts: for those that draw from texts.
+    """
+
+    steps: int = 20
+    guidance: float | None = None
+    class_labels: Sequence[int] = ()
+    prompts: Sequence[str] = ()
+
+    def labels(self, numbers: Sequence[int]) -> list[int] | None:
+        """The classes of these pictures, None without classes."""
+        return [self.class_labels[i % len(self.class_labels)] for i in numbers] if self.class_labels else None
+
+    def check(self, pipeline: Any) -> None:  # noqa: ANN401
+        """Whether the pipeline draws from noise and a class or a text alone, and these are given.
+
+        Raises:
+            UnsupportedModel: it does not.
+            ConfigError: steps below 1, no class labels or prompts where there must be, or some where there are none.
+        """
+        taken = inspect.signature(pipeline.__call__).parameters
+        name = type(pipeline).__name__
+        backbone(pipeline)
+        if self.steps < 1:
+            raise ConfigError(f"steps={self.steps}: of denoising, 1 or more")
+        if missing := {"num_inference_steps", "generator", "output_type"} - taken.keys():
+            raise UnsupportedModel(f"{name} cannot be drawn from: it takes no {', '.join(sorted(missing))}")
+        needed = {n for n, p in taken.items() if p.default is inspect.Parameter.empty} - {"class_labels", "prompt"}
+        if needed:
+            raise UnsupportedModel(f"{name} draws from more than noise: it needs {', '.join(sorted(needed))}")
+        for argument, given, what in (
+            ("class_labels", self.class_labels, "classes, such as class_labels=range(10)"),
+            ("prompt", self.prompts, "prompts, such as prompts=['a red cube']"),
+        ):
+            if argument in taken and not given:
+                raise ConfigError(f"{name} draws from {what.split(',')[0]}: give {what}")
+            if argument not in taken and given:
+                raise ConfigError(f"{name} takes no {what.split(',')[0]}; leave them out")
+        if self.guidance is not None and "guidance_scale" not in taken:
+            raise ConfigError(f"{name} has no guidance; leave guidance={self.guidance} out")
+
+    @torch.no_grad()
+    def draw(self, pipeline: Any, numbers: Sequence[int], noise: torch.Generator | list[torch.Generator]) -> Tensor:  # noqa: ANN401
+        """These pictures, `[n, H, W, C]` in 0 .. 1, from the noise of one generator, or one a picture.
+
+        Raises:
+            UnsupportedModel: what comes out are no pictures.
+            RunError: they are not finite.
+        """
+        taken = inspect.signature(pipeline.__call__).parameters
+        given: dict[str, Any] = {"num_inference_steps": self.steps, "generator": noise, "output_type": "np"}
+        if "class_labels" in taken:
+            given["class_labels"] = self.labels(numbers)
+        elif "prompt" in taken:
+            given["prompt"] = [self.prompts[i % len(self.prompts)] for i in numbers]
+        else:
+            given["batch_size"] = len(numbers)
+        if self.guidance is not None:
+            given["guidance_scale"] = self.guidance
+        drawn = getattr(pipeline(**given), "images", None)
+        if drawn is None:
+            raise UnsupportedModel(f"{type(pipeline).__name__} gives no images")
+        pictures = torch.as_tensor(drawn)
+        if not pictures.isfinite().all():
+            raise RunError("the pictures hold NaN or infinite values: a model that diverges has no score")
+        return pictures
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One forward of the network: all its arguments by name, and its answer."""
+
+    arguments: dict[str, Any]
+    answer: Tensor
+
+    @property
+    def sample(self) -> Tensor:
+        """What is denoised: the first argument."""
+        first: Tensor = next(iter(self.arguments.values()))
+        return first
+
+    @property
+    def timestep(self) -> float:
+        """Of the first sample."""
+        return float(torch.as_tensor(self.arguments[TIMESTEP]).reshape(-1)[0])
+
+    @property
+    def batch(self) -> Batch:
+        """The tensors among the arguments, a timestep for every sample: calibration data."""
+        tensors = {k: v for k, v in self.arguments.items() if isinstance(v, Tensor)}
+        rows = len(self.sample)
+        return {k: v.expand(rows) if v.dim() == 0 else v for k, v in tensors.items()}
+
+
+@contextmanager
+def watched(network: nn.Module, see: Callable[[Call], None]) -> Iterator[None]:
+    """`see` is told every call of the network while this lasts."""
+    signature = inspect.signature(type(network).forward)
+
+    def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:  # noqa: ANN401
+        given = dict(signature.bind(network, *args, **kwargs).arguments)
+        del given[next(iter(given))]  # self
+        see(Call(given, answer_of(out)))
+
+    handle = network.register_forward_hook(watch, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def answer_of(out: Any) -> Tensor:  # noqa: ANN401  a tuple, or an output of diffusers
+    """The predicted noise (or velocity) in what a network returns."""
+    answer: Tensor = out[0] if isinstance(out, tuple) else out.sample
+    return answer
+
+
+def name_of_backbone(pipeline: Any) -> str:  # noqa: ANN401
+    """The name of its network among a pipeline's components.
+
+    Raises:
+        UnsupportedModel: it has none.
+    """
+    for name in ("unet", "transformer"):
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    raise UnsupportedModel(f"{type(pipeline).__name__} has no unet and no transformer")
+
+
+def backbone(pipeline: Any) -> nn.Module:  # noqa: ANN401
+    """The U-Net or transformer of a pipeline, which is what denoises.
+
+    Raises:
+        UnsupportedModel: it has none.
+    """
+    network: nn.Module = getattr(pipeline, name_of_backbone(pipeline))
+    return network
