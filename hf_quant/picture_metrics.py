@@ -1,7 +1,7 @@
 """Metrics of pictures: PSNR, what a classifier reads, and the Fréchet distance in its features (arXiv:1706.08500).
 
-    PSNR = -10 log10 mean (x - y)^2,    values in 0 .. 1
-    d^2((m1, C1), (m2, C2)) = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)
+PSNR = -10 log10 mean (x - y)^2,    values in 0 .. 1
+d^2((m1, C1), (m2, C2)) = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)
 """
 
 from dataclasses import dataclass
