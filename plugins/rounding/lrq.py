@@ -76,7 +76,7 @@ class Lrq:
         "Matrices",
     ),
     domains={"llm", "vit"},
-    claim="KL within 10 % of flexround's at 4 bits a row, from a fraction of the learned numbers",
+    claim="KL at most adaround's at 4 bits a row, at equal steps, from a fraction of flexround's learned numbers",
 )
 def lrq(
     bits: int = 4,

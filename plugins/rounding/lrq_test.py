@@ -63,6 +63,10 @@ def test_claim_in_few_steps(judge, claims) -> None:  # type: ignore[no-untyped-d
 
 @pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
-    """At equal steps, over three calibration sets that share nothing."""
-    ours, theirs = (judge.kls(method, steps=100, **ROWS) for method in ("lrq", "flexround"))
-    claims.order("lrq", "KL at most 1.1 of flexround's, 4 bits a row", ours=ours, theirs=theirs, factor=1.1)
+    """At equal steps, over three calibration sets that share nothing. At 5 million weights the fewer learned numbers
+    cost a third more than FlexRound's."""
+    ours, full, nearest = (judge.kls(method, steps=100, **ROWS) for method in ("lrq", "flexround", "adaround"))
+    claims.order(
+        "lrq", "KL at most 1.1 of flexround's, 4 bits a row", ours=ours, theirs=full, factor=1.1, reproduced=False
+    )
+    claims.order("lrq", "KL at most adaround's, 4 bits a row, 100 steps", ours=ours, theirs=nearest)
