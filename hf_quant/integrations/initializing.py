@@ -50,6 +50,7 @@ def initialize_adapter(
     repair: Any = recipe.repairs[0] if isinstance(recipe, Recipe) and len(recipe.repairs) == 1 else None
     if not hasattr(repair, "rank"):
         raise ConfigError(f"method {config.method!r} has no low-rank repair; use lorc, lqer or qera")
+    repair = replace(repair, bits=16)  # an adapter of PEFT has its own type
     layers = {n: m for n, m in tuned_layers(model) if adapter in getattr(m, "lora_A", {})}
     if not layers:
         raise UnsupportedModel(f"there is no LoRA adapter named {adapter!r} on a quantized layer of this model")

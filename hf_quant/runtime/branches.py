@@ -1,12 +1,19 @@
-"""Branches: full-precision terms added to a quantized layer's output."""
+"""Branches: terms added to a quantized layer's output, in full precision or, of low rank, in 8 or 4 bits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from hf_quant.errors import ConfigError
+from hf_quant.formats import Layer, PackedFormat, format_named
+from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest
+from hf_quant.spec import Spec, int_spec
+
+AdapterBits = Literal[16, 8, 4]  # 16: the model's own type
+GROUP = 64  # values of a coded factor that share a scale
 CHUNK = 1 << 22  # products of inputs and sparse values that are held at once
 
 
@@ -25,6 +32,69 @@ class LowRank:
     def matrix(self, rows: slice = slice(None)) -> Tensor:
         """The term, or some rows of it, as a dense float32 `[N, K]`."""
         return self.up_NR[rows].float() @ self.down_RK.float()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedLowRank:
+    """A `LowRank` whose factors are symmetric integers in groups: `down` of `[R, K]`, `up` of `[N, R]`, one spec."""
+
+    down: QTensor
+    up: QTensor
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """What is stored, by the names of a layer's parameters; scales go with the layer's type."""
+        parts = {"lr_down": self.down, "lr_up": self.up}
+        return {f"{n}_{key}": t for n, q in parts.items() for key, t in factor_format().pack(q).items()}
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored."""
+        return tuple(self.named.values())
+
+    @property
+    def plain(self) -> LowRank:
+        """The same term in full precision."""
+        return LowRank(self.down.dequantize(), self.up.dequantize())
+
+    def matrix(self, rows: slice = slice(None)) -> Tensor:
+        """The term, or some rows of it, as a dense float32 `[N, K]`."""
+        return self.plain.matrix(rows)
+
+
+def factor_format() -> PackedFormat:
+    """The format of coded factors."""
+    return format_named("int-group/1")
+
+
+def factor_layers(shape: tuple[int, int], rank: int, spec: Spec) -> dict[str, Layer]:
+    """The two coded factors of a branch of an `[N, K]` layer, as their format sees them."""
+    return {"lr_down": Layer((rank, shape[1]), spec), "lr_up": Layer((shape[0], rank), spec)}
+
+
+def check_adapter_bits(bits: int) -> None:
+    """Raises `ConfigError` for what no branch is stored in."""
+    if type(bits) is not int or bits not in (16, 8, 4):
+        raise ConfigError(f"adapter_bits={bits!r}: 16 (the model's own type), 8 or 4")
+
+
+def stored_in(term: LowRank, bits: AdapterBits) -> "LowRank | CodedLowRank":
+    """The term as it is stored: its factors rounded to integers with a scale for each 64 values, or as they are.
+
+    Columns of `up` are brought to one size first (`down` takes it up), since a group lies across all of them.
+    """
+    if bits == 16:
+        return term
+    size_R = term.up_NR.float().square().mean(0).sqrt()
+    size_R = torch.where(size_R > 0, size_R, 1.0)
+    spec = int_spec(bits, GROUP, symmetric=True)
+    codes = [_coded(m, spec) for m in (term.down_RK.float() * size_R[:, None], term.up_NR.float() / size_R)]
+    return CodedLowRank(*codes)
+
+
+def _coded(M: Tensor, spec: Spec) -> QTensor:
+    blocks = as_blocks(M, spec)
+    return nearest(M, *from_extremes(blocks.amin(-1), blocks.amax(-1), spec), spec)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,14 +145,17 @@ class Constant:
         return (self.b_N,)
 
 
-Branch = LowRank | Sparse | Constant
+Branch = LowRank | CodedLowRank | Sparse | Constant
 
 
-def merged(branches: Sequence[Branch]) -> tuple[LowRank | None, Sparse | None]:
-    """All low-rank terms as one of the summed rank, all sparse ones as one."""
-    low = [b for b in branches if isinstance(b, LowRank)]
+def merged(branches: Sequence[Branch]) -> tuple[LowRank | CodedLowRank | None, Sparse | None]:
+    """All low-rank terms as one of the summed rank (in full precision when there are several), all sparse as one."""
+    low = [b for b in branches if isinstance(b, LowRank | CodedLowRank)]
     sparse = [b for b in branches if isinstance(b, Sparse)]
-    one = LowRank(torch.cat([b.down_RK for b in low]), torch.cat([b.up_NR for b in low], 1)) if low else None
+    one = low[0] if low else None
+    if len(low) > 1:
+        plain = [b.plain if isinstance(b, CodedLowRank) else b for b in low]
+        one = LowRank(torch.cat([b.down_RK for b in plain]), torch.cat([b.up_NR for b in plain], 1))
     if len(sparse) > 1:
         mask = torch.stack([Sparse(b.starts, b.columns, torch.ones_like(b.values), b.width).matrix() for b in sparse])
         summed = torch.stack([b.matrix() for b in sparse]).sum(0)

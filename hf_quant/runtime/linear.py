@@ -14,7 +14,18 @@ from hf_quant.hadamard import Hadamard
 from hf_quant.operators import need_operator
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import pack_input, round_by_entry, timed
-from hf_quant.runtime.branches import Branch, Constant, Sparse, check_sparse, column_type, merged, sparse_linear
+from hf_quant.runtime.branches import (
+    Branch,
+    CodedLowRank,
+    Constant,
+    Sparse,
+    check_sparse,
+    column_type,
+    factor_format,
+    factor_layers,
+    merged,
+    sparse_linear,
+)
 from hf_quant.runtime.clock import Clock
 from hf_quant.runtime.layouts import expect
 from hf_quant.runtime.packed import Packed, frozen, local
@@ -27,6 +38,7 @@ FIELDS = {
     "weights",
     "inputs",
     "rank",
+    "rank_weights",
     "pre_scale",
     "sparse",
     "rotation",
@@ -40,9 +52,10 @@ class QuantLinear(Packed, nn.Linear):
     """`y = q(z + t) Q^T + (z down^T) up^T + z S^T + o + b` with `z = (s x) R`, and Q packed `[N, K]`.
 
     `s` (`pre_scale` `[K]`), the rotation R, `t` (`shift` `[K]`), the low-rank branch (`lr_down` `[R, K]`, `lr_up`
-    `[N, R]`), the sparse one (`sparse_*`, the tensors of `branches.Sparse`), `o` (`offset` `[N]`, which takes `Q t` out
-    again) and `b` are there only when needed. A static input range lies beside the codes as `input_scale` (and
-    `input_zero_point`), `[entries]`; where it is a table by timestep, `clock` tells which entry a sample reads.
+    `[N, R]`; in 8 or 4 bits, the tensors of `branches.CodedLowRank`), the sparse one (`sparse_*`, the tensors of
+    `branches.Sparse`), `o` (`offset` `[N]`, which takes `Q t` out again) and `b` are there only when needed. A static
+    input range lies beside the codes as `input_scale` (and `input_zero_point`), `[entries]`; where it is a table by
+    timestep, `clock` tells which entry a sample reads.
     The logical weight is `(Q + up down + S) R^T diag(s)`.
     """
 
@@ -57,6 +70,7 @@ class QuantLinear(Packed, nn.Linear):
     sparse_columns: nn.Parameter | None
     sparse_values: nn.Parameter | None
     clock: Clock | None
+    factors: dict[str, Layer]  # of a coded low-rank branch, by the start of their parameters' names
 
     def __init__(
         self,
@@ -70,6 +84,7 @@ class QuantLinear(Packed, nn.Linear):
         pre_scale: Tensor | None = None,
         lr_down: Tensor | None = None,
         lr_up: Tensor | None = None,
+        coded: tuple[dict[str, Layer], dict[str, Tensor]] | None = None,
         sparse: Sparse | None = None,
         rotation: Hadamard | None = None,
         shift: Tensor | None = None,
@@ -85,8 +100,9 @@ class QuantLinear(Packed, nn.Linear):
         self._rounded_before = replace(layer, inputs=None) if timed(layer.inputs) else layer
         for name, part in zip(SPARSE, (None,) * 3 if sparse is None else sparse.tensors, strict=True):
             self.register_parameter(name, None if part is None else frozen(part))
+        self.factors, codes = coded or ({}, {})
         extras = {"pre_scale": pre_scale, "shift": shift, "lr_down": lr_down, "lr_up": lr_up, "offset": offset}
-        for name, tensor in {**extras, "bias": bias}.items():
+        for name, tensor in {**extras, **codes, "bias": bias}.items():
             self.register_parameter(name, None if tensor is None else frozen(tensor))
 
     @classmethod
@@ -123,7 +139,12 @@ class QuantLinear(Packed, nn.Linear):
         layer = Layer(q.shape, q.spec, inputs)
         tensors = fmt.pack(q) | (pack_input(*input_range) if input_range is not None else {})
         low, sparse = merged(branches)
-        down, up = (None, None) if low is None else (low.down_RK.to(dtype), low.up_NR.to(dtype))
+        down = up = coded = None
+        if isinstance(low, CodedLowRank):
+            codes = {n: t.to(dtype) if t.is_floating_point() else t for n, t in low.named.items()}
+            coded = factor_layers(q.shape, low.down.shape[0], low.down.spec), codes
+        elif low is not None:
+            down, up = low.down_RK.to(dtype), low.up_NR.to(dtype)
         sparse = None if sparse is None else replace(sparse, values=sparse.values.to(dtype))
         scale = None if pre_scale is None else pre_scale.to(dtype)
         constants = [b.b_N.float() for b in branches if isinstance(b, Constant)]
@@ -141,6 +162,7 @@ class QuantLinear(Packed, nn.Linear):
             pre_scale=scale,
             lr_down=down,
             lr_up=up,
+            coded=coded,
             sparse=sparse,
             rotation=rotation,
             shift=shift,
@@ -156,8 +178,9 @@ class QuantLinear(Packed, nn.Linear):
             "format": self.format.id,
             "weights": self.layer.weights.to_json(),
             "inputs": None if inputs is None else inputs.to_json(),
-            "rank": 0 if self.lr_down is None else self.lr_down.shape[0],
+            "rank": self.rank,
             "pre_scale": self.pre_scale is not None,
+            **({"rank_weights": self.factors["lr_up"].weights.to_json()} if self.factors else {}),
             **({} if self.sparse_columns is None else {"sparse": len(self.sparse_columns)}),
             **({} if self.rotation is None else {"rotation": self.rotation.to_json()}),
             **({} if self.shift is None else {"shift": True}),
@@ -197,7 +220,20 @@ class QuantLinear(Packed, nn.Linear):
             raise ConfigError(f"{len(clock.steps)} steps for a table of {inputs.entries} entries")
 
         indices = empty(n + 1, dtype=torch.int32), empty(entries, dtype=column_type(k))
-
+        coded = None
+        if data.get("rank_weights") is not None:
+            factors = factor_layers(shape, rank, Spec.from_json(data["rank_weights"]))
+            if reason := next((r for f in factors.values() if (r := factor_format().holds(f))), None):
+                raise ConfigError(f"rank_weights: {reason}")
+            layouts = {n: factor_format().weight_layout(f) for n, f in factors.items()}
+            coded = (
+                factors,
+                {
+                    f"{n}_{key}": empty(*size, dtype=dtype if kind.is_floating_point else kind)
+                    for n, layout in layouts.items()
+                    for key, (size, kind) in layout.items()
+                },
+            )
         return cls(
             fmt,
             layer,
@@ -206,8 +242,9 @@ class QuantLinear(Packed, nn.Linear):
             kind=kind,
             bias=empty(n) if bias else None,
             pre_scale=empty(k) if data["pre_scale"] else None,
-            lr_down=empty(rank, k) if rank else None,
-            lr_up=empty(n, rank) if rank else None,
+            lr_down=empty(rank, k) if rank and coded is None else None,
+            lr_up=empty(n, rank) if rank and coded is None else None,
+            coded=coded,
             sparse=Sparse(*indices, empty(entries), k) if entries else None,
             rotation=rotation,
             shift=empty(k) if data.get("shift") else None,
@@ -257,13 +294,34 @@ class QuantLinear(Packed, nn.Linear):
             return None
         return Sparse(self.sparse_starts, self.sparse_columns, self.sparse_values, self.in_features)
 
+    @property
+    def rank(self) -> int:
+        """Of the low-rank branch; 0 without one."""
+        if self.factors:
+            return self.factors["lr_down"].shape[0]
+        return 0 if self.lr_down is None else self.lr_down.shape[0]
+
+    def low_rank(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """`(down_RK, up_NR)` in `dtype`, if there is a low-rank branch."""
+        if self.factors:
+            down, up = (self._factor(name, dtype) for name in ("lr_down", "lr_up"))
+            return down, up
+        if self.lr_down is None or self.lr_up is None:
+            return None
+        return self.lr_down.to(dtype), self.lr_up.to(dtype)
+
+    def _factor(self, name: str, dtype: torch.dtype) -> Tensor:
+        tensors = [getattr(self, f"{name}_qweight"), getattr(self, f"{name}_scale")]
+        factor: Tensor = torch.ops.hf_quant.int_group_1_weight(tensors, self.factors[name].key, dtype)
+        return factor
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The logical weight `(Q + up down + S) R^T diag(s)`, computed in float32."""
-        if all(extra is None for extra in (self.lr_up, self.sparse, self.pre_scale, self.rotation)):
+        if not self.rank and all(extra is None for extra in (self.sparse, self.pre_scale, self.rotation)):
             return super().dequantize(dtype)
         W_NK = super().dequantize(torch.float32)
-        if self.lr_up is not None and self.lr_down is not None:
-            W_NK = W_NK + self.lr_up.float() @ self.lr_down.float()
+        if (low := self.low_rank(torch.float32)) is not None:
+            W_NK = W_NK + low[1] @ low[0]
         if self.sparse is not None:
             W_NK = W_NK + self.sparse.matrix()
         W_NK = self._rotate(W_NK, inverse=True)
@@ -275,8 +333,8 @@ class QuantLinear(Packed, nn.Linear):
         if self.pre_scale is not None:
             W_NK = W_NK.float() / self.pre_scale.float()
         W_NK = self._rotate(W_NK)
-        if self.lr_up is not None and self.lr_down is not None:
-            W_NK = W_NK.float() - self.lr_up.float() @ self.lr_down.float()
+        if (low := self.low_rank(torch.float32)) is not None:
+            W_NK = W_NK.float() - low[1] @ low[0]
         if self.sparse is not None:
             W_NK = W_NK.float() - self.sparse.matrix()
         return W_NK
@@ -326,8 +384,8 @@ class QuantLinear(Packed, nn.Linear):
             z_TK = round_by_entry(z_TK, inputs, self.packed_tensors(), self.clock.by_token(len(z_TK), z.device))
         y = self.format.linear(z_TK, tensors, blob or [], layer, "reference" if blob is None else self.kernel)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
-        if self.lr_down is not None and self.lr_up is not None:
-            y = y + F.linear(F.linear(x, self.lr_down.to(x.dtype)), self.lr_up.to(x.dtype))
+        if (low := self.low_rank(x.dtype)) is not None:
+            y = y + F.linear(F.linear(x, low[0]), low[1])
         if (sparse := self.sparse) is not None:
             y = y + sparse_linear(x.reshape(-1, x.shape[-1]), *sparse.tensors).reshape(y.shape)
         if self.offset is not None:
@@ -336,7 +394,7 @@ class QuantLinear(Packed, nn.Linear):
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
-        rank = "" if self.lr_down is None else f", rank={self.lr_down.shape[0]}"
+        rank = f", rank={self.rank}" if self.rank else ""
         sparse = "" if self.sparse_columns is None else f", sparse={len(self.sparse_columns)}"
         rotation = "" if self.rotation is None else f", rotation={self.rotation.size}"
         return (

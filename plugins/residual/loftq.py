@@ -17,6 +17,7 @@ from hf_quant.plugins.residual.lorc import LowRankRepair
 from hf_quant.plugins.residual.lowrank_core import low_rank
 from hf_quant.qtensor import QTensor
 from hf_quant.recipe import Recipe
+from hf_quant.runtime.branches import AdapterBits
 from hf_quant.spec import Spec, int_spec
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stages.range import Range
@@ -60,7 +61,9 @@ class Loftq:
     domains={"llm", "vit", "vlm", "moe", "diffusion"},
     claim="weight error never above that of lorc at the same rank, and below it at 2 bits",
 )
-def loftq(bits: int = 4, group_size: int = 128, rank: int = 16, turns: int = 5) -> Recipe:
-    """Codes and branch in turns."""
-    repair = LowRankRepair(rank)
+def loftq(
+    bits: int = 4, group_size: int = 128, rank: int = 16, turns: int = 5, adapter_bits: AdapterBits = 16
+) -> Recipe:
+    """Codes and branch in turns (the branch stored in 16, 8 or 4 bits)."""
+    repair = LowRankRepair(rank, bits=adapter_bits)
     return Recipe(weights=int_spec(bits, group_size), solver=Loftq(rank, turns), repairs=(repair,))

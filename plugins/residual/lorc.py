@@ -3,7 +3,7 @@
     E = W - Q;  E ~ U_R s_R V_R^T;  y = Q x + up (down x),  up = U_R s_R^(1/2),  down = s_R^(1/2) V_R^T
 
 Shapes: W_NK weight; down_RK, up_NR.
-Differs from the paper: the branch is in the model's own type instead of 8 bits.
+Differs from the paper: the branch is in the model's own type unless `adapter_bits=8` asks for the paper's 8 bits.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from hf_quant.method import Paper, method
 from hf_quant.plugins.residual.lowrank_core import low_rank
 from hf_quant.qtensor import QTensor
 from hf_quant.recipe import Recipe
-from hf_quant.runtime.branches import Branch, LowRank
+from hf_quant.runtime.branches import AdapterBits, Branch, LowRank, check_adapter_bits, stored_in
 from hf_quant.spec import int_spec
 from hf_quant.stats import Stat, Stats
 
@@ -49,8 +49,10 @@ class LowRankRepair:
 
     rank: int = 16
     weighting: Weighting = field(default_factory=Plain)
+    bits: AdapterBits = 16
 
     def __post_init__(self) -> None:
+        check_adapter_bits(self.bits)
         if type(self.rank) is not int or self.rank < 1:
             raise ConfigError(f"rank={self.rank!r}: a positive integer; a matrix takes at most min(outputs, inputs)")
 
@@ -62,7 +64,7 @@ class LowRankRepair:
     def repair(self, W_NK: Tensor, q: QTensor, stats: Stats) -> tuple[Branch, ...]:
         """See `Repair.repair`; a layer whose inputs nobody saw is weighted plainly."""
         S = self.weighting.matrix(stats) if stats else None
-        return (LowRank(*low_rank(W_NK.float() - q.dequantize(), self.rank, S)),)
+        return (stored_in(LowRank(*low_rank(W_NK.float() - q.dequantize(), self.rank, S)), self.bits),)
 
 
 @method(
@@ -71,6 +73,6 @@ class LowRankRepair:
     domains={"llm", "vit", "vlm", "moe", "diffusion"},
     claim="the branch takes the largest singular values out of the weight error; KL below rtn's at 3 bits",
 )
-def lorc(bits: int = 4, group_size: int = 128, rank: int = 16) -> Recipe:
-    """Rounding to nearest, and a branch."""
-    return Recipe(weights=int_spec(bits, group_size), repairs=(LowRankRepair(rank),))
+def lorc(bits: int = 4, group_size: int = 128, rank: int = 16, adapter_bits: AdapterBits = 16) -> Recipe:
+    """Rounding to nearest, and a branch (stored in 16, 8 or 4 bits)."""
+    return Recipe(weights=int_spec(bits, group_size), repairs=(LowRankRepair(rank, bits=adapter_bits),))

@@ -19,6 +19,7 @@ from hf_quant.method import Paper, method
 from hf_quant.plugins.residual.lorc import LowRankRepair
 from hf_quant.plugins.residual.lowrank_core import symmetric_root
 from hf_quant.recipe import Recipe
+from hf_quant.runtime.branches import AdapterBits
 from hf_quant.spec import int_spec
 from hf_quant.stats import Gram, Moments, Stat, Stats, hessian
 
@@ -53,7 +54,12 @@ class Autocorrelation:
     domains={"llm", "vit", "vlm", "moe", "diffusion"},
     claim="output error exact <= approximate <= plain SVD in every layer; KL at most lqer's at 3 bits",
 )
-def qera(bits: int = 4, group_size: int = 128, rank: int = 16, exact: bool = True) -> Recipe:
-    """Rounding to nearest, and the branch with the least output error (`exact=False`: inputs taken as uncorrelated)."""
+def qera(
+    bits: int = 4, group_size: int = 128, rank: int = 16, exact: bool = True, adapter_bits: AdapterBits = 16
+) -> Recipe:
+    """Rounding to nearest, and the branch with the least output error (`exact=False`: inputs taken as uncorrelated).
+
+    The branch is stored in 16, 8 or 4 bits.
+    """
     weighting = Autocorrelation() if exact else RootMeanSquare()
-    return Recipe(weights=int_spec(bits, group_size), repairs=(LowRankRepair(rank, weighting),))
+    return Recipe(weights=int_spec(bits, group_size), repairs=(LowRankRepair(rank, weighting, adapter_bits),))

@@ -18,9 +18,9 @@ from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank
 from hf_quant.qtensor import QTensor
 from hf_quant.recipe import Recipe
-from hf_quant.runtime.branches import Branch, LowRank
+from hf_quant.runtime.branches import AdapterBits, CodedLowRank, LowRank, check_adapter_bits, stored_in
 from hf_quant.spec import Spec, int_spec
-from hf_quant.stages.fakequant import FakeQuant, Learned
+from hf_quant.stages.fakequant import FakeQuant, Learned, exactly
 from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.trainer import Qat
 
@@ -34,17 +34,19 @@ class QloraFake(FakeQuant):
         self.term = LowRankTerm(q.shape, how.rank, how.alpha, generator)
 
     def forward(self, W_NK: Tensor) -> Tensor:
-        """Codes and term."""
-        weight: Tensor = self.q.dequantize() + self.term()
+        """Codes and term, which is rounded as it will be stored, with a straight-through gradient."""
+        term = self.term()
+        weight: Tensor = self.q.dequantize() + (term if self.how.bits == 16 else exactly(term, self.branch().matrix()))
         return weight
 
     def export(self, W_NK: Tensor) -> QTensor:
         """The codes as they were."""
         return self.q
 
-    def branch(self) -> Branch:
+    @torch.no_grad()
+    def branch(self) -> LowRank | CodedLowRank:
         """The term."""
-        return LowRank(self.term.A.detach().clone(), self.term.scaling * self.term.B.detach())
+        return stored_in(LowRank(self.term.A.detach().clone(), self.term.scaling * self.term.B.detach()), self.how.bits)
 
     def learned(self) -> list[Learned]:
         """A and B."""
@@ -58,9 +60,11 @@ class Qlora:
     rank: int = 16
     alpha: float = 32.0
     lr: float = 1e-3
+    bits: AdapterBits = 16
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
+        check_adapter_bits(self.bits)
 
     def refuses(self, spec: Spec) -> str | None:
         """Takes every grid: codes are not touched."""
@@ -88,14 +92,15 @@ def qlora(
     samples: int = 512,
     length: int = 512,
     gradient_checkpointing: bool = False,
+    adapter_bits: AdapterBits = 16,
 ) -> Recipe:
-    """Ranges by least squares, rounding to nearest, and a trained branch."""
+    """Ranges by least squares, rounding to nearest, and a trained branch (stored in 16, 8 or 4 bits)."""
     return Recipe(
         weights=int_spec(bits, group_size),
         range=MseClip(steps=24, floor=0.5, power=2.0),
         sampler=TextSampler(samples, length),
         trainer=Qat(
-            Qlora(rank, 2.0 * rank, lr),
+            Qlora(rank, 2.0 * rank, lr, adapter_bits),
             steps=steps,
             batch_size=batch_size,
             distill=distill,
