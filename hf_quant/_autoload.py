@@ -15,6 +15,7 @@ from types import ModuleType
 INTEGRATIONS = {
     "transformers.quantizers.auto": "hf_quant.integrations.transformers",
     "diffusers.quantizers.auto": "hf_quant.integrations.diffusers",
+    "diffusers.pipelines.pipeline_utils": "hf_quant.integrations.pipelines",
     # When transformers' registry is what imports torch, it is half-way through by the time we run; this comes later.
     "transformers.modeling_utils": "hf_quant.integrations.transformers",
     "peft.tuners.lora.model": "hf_quant.integrations.peft",

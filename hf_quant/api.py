@@ -1,55 +1,98 @@
 """What a user calls on models: quantize, dequantize, explain, true_bits, estimate."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
-from hf_quant import checkpoint
 from hf_quant.config import QuantConfig
+from hf_quant.drawing import Drawing
 from hf_quant.errors import ConfigError, UnsupportedModel
-from hf_quant.finite import require_finite
-from hf_quant.integrations.finish import finish, quantizer_of
+from hf_quant.integrations.finish import refuse_quantized, run_quantizer
+from hf_quant.pipelines import is_pipeline, quantize_pipeline
 from hf_quant.plan import Plan, make_plan
-from hf_quant.recipe import Job, Recipe
+from hf_quant.recipe import Recipe
 from hf_quant.report import Report
 from hf_quant.runtime.apart import take_apart
 
 
+@overload
 def quantize(
     model: nn.Module,
     config: QuantConfig,
     *,
-    data: Any = None,  # noqa: ANN401  many kinds, see QuantConfig
+    data: Any = None,  # noqa: ANN401
     processor: Any = None,  # noqa: ANN401
     progress: bool = True,
-) -> Report:
-    """Quantize a model that is already in memory, in place. It then saves, pushes and explains itself like any other.
+) -> Report: ...
+
+
+@overload
+def quantize(
+    model: Any,  # noqa: ANN401  a DiffusionPipeline, which diffusers does not type
+    config: QuantConfig | Mapping[str, QuantConfig],
+    *,
+    prompts: Sequence[str] = (),
+    class_labels: Sequence[int] = (),
+    guidance: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    pictures: int = 4,
+    progress: bool = True,
+) -> dict[str, Report]: ...
+
+
+def quantize(
+    model: Any,
+    config: QuantConfig | Mapping[str, QuantConfig],
+    *,
+    data: Any = None,
+    processor: Any = None,
+    prompts: Sequence[str] = (),
+    class_labels: Sequence[int] = (),
+    guidance: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    pictures: int = 4,
+    progress: bool = True,
+) -> Report | dict[str, Report]:
+    """Quantize a model or a pipeline that is already in memory, in place. It then saves, pushes and explains itself
+    like any other.
 
     Args:
-        model: a model of transformers or diffusers.
-        config: how.
-        data: calibration data; wins over `config.calibration`.
+        model: a model of transformers or diffusers, or a pipeline of diffusers.
+        config: how. Of a pipeline one for the networks that denoise, or a dict: name of a component -> config.
+        data: calibration data of a model; wins over `config.calibration`. Pipelines draw their own.
         processor: tokenizer or processor for it.
+        prompts: what a pipeline that takes texts draws while it is calibrated; used round and round.
+        class_labels: likewise of one that draws classes.
+        guidance: scale of classifier-free guidance; None: the pipeline's own.
+        arguments: further ones of the pipeline's call, such as `{"height": 512}`.
+        pictures: drawn before and after from equal noise, for the card; 0: none.
         progress: show a bar with the time left.
 
     Returns:
-        What was done to every parameter.
+        What was done to every parameter; of a pipeline, name of a component -> report.
     """
+    if is_pipeline(model):
+        if data is not None or processor is not None:
+            raise ConfigError("a pipeline draws its own calibration data: pass prompts or class_labels, not data")
+        drawing = Drawing(
+            guidance=guidance, class_labels=class_labels, prompts=prompts, arguments=dict(arguments or {})
+        )
+        return quantize_pipeline(model, config, drawing, pictures=pictures, progress=progress)
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"quantize takes a QuantConfig, not {type(config).__name__}")
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModel(
-            "the model is quantized already; call hf_quant.dequantize(model) first, or load the original"
-        )
+    refuse_quantized(model)
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"quantize takes a model in memory, not {type(model).__name__}; load it first")
-    return _run(
-        model, config, config.quantizer().quantize, config.job(data=data, processor=processor, progress=progress)
-    )
+    if len(prompts) or len(class_labels) or guidance is not None or arguments:
+        raise ConfigError(
+            "prompts, class_labels, guidance and arguments are a pipeline's; a network alone takes data=[batches]"
+        )
+    job = config.job(data=data, processor=processor, progress=progress)
+    return run_quantizer(model, config, config.quantizer().quantize, job)
 
 
 def finetune(
@@ -74,18 +117,8 @@ def finetune(
             "the model is quantized already: train an adapter on it with PEFT (hf_quant.prepare_for_training), or "
             "fine-tune the original"
         )
-    return _run(
-        model, config, config.quantizer().finetune, config.job(data=data, processor=processor, progress=progress)
-    )
-
-
-def _run(model: nn.Module, config: QuantConfig, run: Callable[[nn.Module, Job], Report], job: Job) -> Report:
-    """Run a quantizer on a model in memory, and make it one that its library knows as quantized."""
-    require_finite(model)
-    report = run(model, job)
-    report = finish(model, quantizer_of(model, config), report)
-    checkpoint.prepare_all(model)
-    return report
+    job = config.job(data=data, processor=processor, progress=progress)
+    return run_quantizer(model, config, config.quantizer().finetune, job)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_quant.denoising import Denoising
 from hf_quant.errors import CalibrationError
 from hf_quant.reading import Batch, Data, Processor, as_batch, is_batch, open_data, peek, to_ids, to_rows, tokenize
 
@@ -78,6 +79,8 @@ def describe(data: Data) -> str:
     data = data.data if isinstance(data, Calibration) else data
     if data is None:
         return "none"
+    if isinstance(data, Denoising):
+        return repr(data)
     if isinstance(data, str | Path):
         return Path(data).name
     if isinstance(data, Tensor | np.ndarray):

@@ -175,7 +175,7 @@ def about_model(model: "nn.Module", repo: str | None = None, folder: str | Path 
     kernels = _kernels(model)
     return About(
         repo=repo or (Path(folder).name if folder is not None else None),
-        base_model=original if isinstance(original, str) and _is_hub_id(original) else None,
+        base_model=original if isinstance(original, str) and is_hub_id(original) else None,
         library="diffusers" if diffusers else "transformers",
         loader=type(model).__name__ if diffusers else auto or "AutoModel",
         pipeline_tag=None if diffusers else tag,
@@ -186,7 +186,8 @@ def about_model(model: "nn.Module", repo: str | None = None, folder: str | Path 
     )
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether this names a repository rather than a folder here."""
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 

@@ -1,9 +1,9 @@
 """Drawing: pictures of a diffusion pipeline from given noise, and what its network is called with on the way."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ class Drawing:
         guidance: scale of classifier-free guidance; None: the pipeline's own.
         class_labels: for pipelines that draw by class.
         prompts: for those that draw from texts.
+        arguments: further ones of the pipeline's call, such as `height` or `num_frames`.
     """
 
     steps: int = 20
     guidance: float | None = None
     class_labels: Sequence[int] = ()
     prompts: Sequence[str] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def labels(self, numbers: Sequence[int]) -> list[int] | None:
         """The classes of these pictures, None without classes."""
@@ -39,7 +41,8 @@ class Drawing:
 
         Raises:
             UnsupportedModel: it does not.
-            ConfigError: steps below 1, no class labels or prompts where there must be, or some where there are none.
+            ConfigError: steps below 1, no class labels or prompts where there must be, some where there are none, or an
+                argument that it does not take.
         """
         taken = inspect.signature(pipeline.__call__).parameters
         name = type(pipeline).__name__
@@ -48,7 +51,10 @@ class Drawing:
             raise ConfigError(f"steps={self.steps}: of denoising, 1 or more")
         if missing := {"num_inference_steps", "generator", "output_type"} - taken.keys():
             raise UnsupportedModel(f"{name} cannot be drawn from: it takes no {', '.join(sorted(missing))}")
+        if unknown := self.arguments.keys() - taken.keys():
+            raise ConfigError(f"{name} takes no {', '.join(sorted(unknown))}; it takes {', '.join(taken)}")
         needed = {n for n, p in taken.items() if p.default is inspect.Parameter.empty} - {"class_labels", "prompt"}
+        needed -= self.arguments.keys()
         if needed:
             raise UnsupportedModel(f"{name} draws from more than noise: it needs {', '.join(sorted(needed))}")
         for argument, given, what in (
@@ -62,7 +68,6 @@ class Drawing:
         if self.guidance is not None and "guidance_scale" not in taken:
             raise ConfigError(f"{name} has no guidance; leave guidance={self.guidance} out")
 
-    @torch.no_grad()
     def draw(self, pipeline: Any, numbers: Sequence[int], noise: torch.Generator | list[torch.Generator]) -> Tensor:  # noqa: ANN401
         """These pictures, `[n, H, W, C]` in 0 .. 1, from the noise of one generator, or one a picture.
 
@@ -70,8 +75,25 @@ class Drawing:
             UnsupportedModel: what comes out are no pictures.
             RunError: they are not finite.
         """
+        drawn = getattr(self.run(pipeline, numbers, noise, "np"), "images", None)
+        if drawn is None:
+            raise UnsupportedModel(f"{type(pipeline).__name__} gives no images")
+        pictures = torch.as_tensor(drawn)
+        if not pictures.isfinite().all():
+            raise RunError("the pictures hold NaN or infinite values: a model that diverges has no score")
+        return pictures
+
+    @torch.no_grad()
+    def run(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        numbers: Sequence[int],
+        noise: torch.Generator | list[torch.Generator],
+        output_type: str,
+    ) -> Any:  # noqa: ANN401
+        """What the pipeline returns for these pictures."""
         taken = inspect.signature(pipeline.__call__).parameters
-        given: dict[str, Any] = {"num_inference_steps": self.steps, "generator": noise, "output_type": "np"}
+        given: dict[str, Any] = {"num_inference_steps": self.steps, "generator": noise, "output_type": output_type}
         if "class_labels" in taken:
             given["class_labels"] = self.labels(numbers)
         elif "prompt" in taken:
@@ -80,13 +102,7 @@ class Drawing:
             given["batch_size"] = len(numbers)
         if self.guidance is not None:
             given["guidance_scale"] = self.guidance
-        drawn = getattr(pipeline(**given), "images", None)
-        if drawn is None:
-            raise UnsupportedModel(f"{type(pipeline).__name__} gives no images")
-        pictures = torch.as_tensor(drawn)
-        if not pictures.isfinite().all():
-            raise RunError("the pictures hold NaN or infinite values: a model that diverges has no score")
-        return pictures
+        return pipeline(**{**given, **self.arguments})
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +150,7 @@ def watched(network: nn.Module, see: Callable[[Call], None]) -> Iterator[None]:
 
 def answer_of(out: Any) -> Tensor:  # noqa: ANN401  a tuple, or an output of diffusers
     """The predicted noise (or velocity) in what a network returns."""
-    answer: Tensor = out[0] if isinstance(out, tuple) else out.sample
+    answer: Tensor = out.sample if hasattr(out, "sample") else out[0]
     return answer
 
 

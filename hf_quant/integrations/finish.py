@@ -1,5 +1,6 @@
 """Finish: make a freshly quantized model one that its library knows as such: config, flags, report."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,10 @@ from torch import nn
 
 from hf_quant import checkpoint
 from hf_quant.config import QuantConfig
+from hf_quant.errors import UnsupportedModel
+from hf_quant.finite import require_finite
 from hf_quant.method import method_named
+from hf_quant.recipe import Job
 from hf_quant.report import Report
 
 
@@ -20,6 +24,23 @@ def quantizer_of(model: nn.Module, config: QuantConfig) -> Any:  # noqa: ANN401 
     from hf_quant.integrations import transformers
 
     return transformers.Quantizer(config, pre_quantized=False)
+
+
+def refuse_quantized(model: Any) -> None:  # noqa: ANN401
+    """Raises `UnsupportedModel` for what is quantized already."""
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(
+            "the model is quantized already; call hf_quant.dequantize(model) first, or load the original"
+        )
+
+
+def run_quantizer(model: nn.Module, config: QuantConfig, run: Callable[[nn.Module, Job], Report], job: Job) -> Report:
+    """Run a quantizer on a model in memory, and make it one that its library knows as quantized."""
+    require_finite(model)
+    report = run(model, job)
+    report = finish(model, quantizer_of(model, config), report)
+    checkpoint.prepare_all(model)
+    return report
 
 
 def finish(model: nn.Module, quantizer: Any, report: Report) -> Report:  # noqa: ANN401

@@ -14,9 +14,16 @@ from hf_quant.errors import UnsupportedModel
 Batch = dict[str, Tensor]
 
 
-def model_inputs_of(batch: Batch) -> Batch:
-    """The part of a batch that the model's forward takes."""
-    return {name: value for name, value in batch.items() if not name.startswith("@")}
+def model_inputs_of(batch: Batch) -> dict[str, Any]:
+    """What the model's forward is given of a batch; a name "a.b" is the entry b of its argument a, a dict."""
+    given: dict[str, Any] = {}
+    for name, value in batch.items():
+        argument, _, entry = name.partition(".")
+        if entry:
+            given.setdefault(argument, {})[entry] = value
+        elif not name.startswith("@"):
+            given[name] = value
+    return given
 
 
 def token_tags(batch: Batch, names: Sequence[str], tokens: int) -> dict[str, Tensor]:
