@@ -29,7 +29,13 @@ def unet_pipeline() -> DDIMPipeline:
 
 def small_dit() -> DiTTransformer2DModel:
     return DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=1, sample_size=8, num_embeds_ada_norm=10
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
     )
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: what was measured on a model. A value, with JSON both ways."""
+"""Evaluation: what was measured on a model, or on a pipeline. Values, with JSON both ways."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -74,6 +74,90 @@ class Evaluation:
     def from_json(cls, data: dict[str, Any]) -> "Evaluation":
         """Inverse of `to_json`."""
         return cls(**data)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineEvaluation:
+    """What was measured on a diffusion pipeline; None means: not measured. The reference starts from the same noise.
+
+    Attributes:
+        timesteps: at which the network was called, in the order of denoising.
+        sqnr: `10 log10 |e|^2 / |e - e_q|^2` of the network's answer at each of them, in dB, both networks called with
+            what full precision meets; over all pictures.
+        trajectory: mean squared difference, at each of them, of what was denoised so far: `x_t` of either pipeline.
+        picture_mse: of the final pictures, values in 0 .. 1.
+        psnr: `-10 log10 picture_mse`, mean over pictures, in dB.
+        psnr_error: its standard error; None for one picture.
+        accuracy: pictures (%) that the classifier reads as the class they were drawn of.
+        reference_accuracy: the same of full precision.
+        agreement: pictures (%) in which it reads the same class as in full precision's.
+        frechet_to_reference: Fréchet distance to full precision's pictures, in the features of the classifier.
+        frechet_to_data: to the real pictures that were given.
+        reference_frechet_to_data: of full precision's pictures to the real ones.
+        images: how many were drawn.
+        steps: of denoising.
+        guidance: scale of classifier-free guidance; None: the pipeline's own, or there is none.
+        seed: picture i starts from the noise of `seed + i`.
+        classifier: who read.
+        data: how many real pictures.
+        bits_per_weight: true bits a quantized weight, everything stored counted; None when nothing is quantized.
+        stored_bytes: of the tensors of all components, as they would be saved.
+        bytes_on_disk: of the weight files in the folder that the pipeline was loaded from.
+        peak_bytes: most memory in use while the pipeline drew: the GPU's when there is one, else of the process.
+        peak_holds: which pipelines that memory held.
+        seconds_per_image: of the whole pipeline, median over batches.
+        reference_seconds_per_image: the same of full precision, in the same run.
+        batch_size: pictures at a time.
+        device: where it ran.
+        dtype: it ran in.
+        seconds: of everything.
+        command: the call that measured it.
+    """
+
+    timesteps: tuple[float, ...]
+    sqnr: tuple[float, ...] | None
+    trajectory: tuple[float, ...] | None
+    picture_mse: float | None
+    psnr: float | None
+    psnr_error: float | None
+    accuracy: float | None
+    reference_accuracy: float | None
+    agreement: float | None
+    frechet_to_reference: float | None
+    frechet_to_data: float | None
+    reference_frechet_to_data: float | None
+    images: int
+    steps: int
+    guidance: float | None
+    seed: int
+    classifier: str | None
+    data: int | None
+    bits_per_weight: float | None
+    stored_bytes: int
+    bytes_on_disk: int | None
+    peak_bytes: int
+    peak_holds: str
+    seconds_per_image: float
+    reference_seconds_per_image: float | None
+    batch_size: int
+    device: str
+    dtype: str
+    seconds: float
+    command: str
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-safe dict; `from_json` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "PipelineEvaluation":
+        """Inverse of `to_json`."""
+        rows: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**rows)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""

@@ -72,7 +72,7 @@ def fetch(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(where, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot get {where} from the Hub: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot get {where} from the Hub: {first_line(error)}") from error
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -187,7 +187,7 @@ def load_model(
     except HfQuantError:
         raise
     except Exception as error:  # whatever a damaged file makes go wrong inside a library
-        raise CheckpointError(f"cannot load {model}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load {model}: {first_line(error)}") from error
     if device is not None:
         loaded = loaded.to(device)
     return loaded.eval()  # type: ignore[no-any-return]
@@ -206,7 +206,7 @@ def load_processor(model: str | Path) -> Any:  # noqa: ANN401  a tokenizer or a 
     try:
         return auto.from_pretrained(where, local_files_only=local)
     except Exception as error:  # as above
-        raise CheckpointError(f"cannot load the tokenizer of {model}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
 
 
 def check_files(folder: Path) -> None:
@@ -253,7 +253,7 @@ def _transformers_config(where: str) -> Any:  # noqa: ANN401
     except HfQuantError:
         raise
     except Exception as error:  # its own validation raises errors of many kinds
-        raise UnsupportedModel(f"{where}: transformers does not know this model: {_first_line(error)}") from error
+        raise UnsupportedModel(f"{where}: transformers does not know this model: {first_line(error)}") from error
 
 
 def _transformers_class(config: Any, where: str) -> Any:  # noqa: ANN401
@@ -293,10 +293,11 @@ def _download(repo: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repo, name))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot get {name} of {repo} from the Hub: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot get {name} of {repo} from the Hub: {first_line(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = lines[0] if lines else ""
     explicit = isinstance(error, OSError | ValueError | RuntimeError)

@@ -106,14 +106,13 @@ class Classifier:
     def _prepared(self, pictures_BHWC: Tensor) -> Tensor:
         config: Any = self.model.config
         channels = getattr(config, "num_channels", 3)
-        x_BCHW = pictures_BHWC.float().permute(0, 3, 1, 2)
-        if x_BCHW.shape[1] != channels:
-            x_BCHW = x_BCHW.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+        if pictures_BHWC.shape[-1] != channels:
+            pictures_BHWC = pictures_BHWC.mean(-1, keepdim=True).expand(-1, -1, -1, channels)
         if self.processor is not None:
-            ready: Tensor = self.processor(images=list(x_BCHW.clamp(0, 1)), do_rescale=False, return_tensors="pt")[
-                "pixel_values"
-            ]
+            bytes_BHWC = (pictures_BHWC.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+            ready: Tensor = self.processor(images=list(bytes_BHWC), return_tensors="pt")["pixel_values"]
             return ready
+        x_BCHW = pictures_BHWC.float().permute(0, 3, 1, 2)
         return F.interpolate(x_BCHW * 2 - 1, size=config.image_size, mode="bicubic", align_corners=False)
 
 

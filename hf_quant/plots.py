@@ -1,8 +1,8 @@
-"""Plots of a report, a value a layer: relative error, bits per weight, seconds. matplotlib without a screen."""
+"""Plots of a report, a value a layer, and of an error against the timestep. matplotlib without a screen."""
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,28 @@ def bits_figure(report: Report) -> "Figure | None":
 def seconds_figure(report: Report) -> "Figure | None":
     """Seconds spent on every quantized layer; None when not taken."""
     return _figure(report, lambda e: e.seconds, "seconds", draw=_lines_from_zero)
+
+
+def timestep_figure(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str = "SQNR of the network's answer, in dB"
+) -> "Figure":
+    """Name -> (timesteps, values), drawn from the first step of denoising on the left to the last."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(9, 3.6))
+        axes = figure.add_axes((0.075, 0.15, 0.695, 0.75))
+        for i, (name, (timesteps, values)) in enumerate(series.items()):
+            style = MARKERS[i // len(SERIES) % len(MARKERS)] + "-"
+            color = SERIES[i % len(SERIES)]
+            axes.plot(
+                timesteps, values, style, color=color, label=name.replace("$", r"\$"), markersize=4, linewidth=1.6
+            )
+        axes.invert_xaxis()
+        axes.set_xlabel("timestep, denoising from left to right", color=MUTED)
+        _frame(axes, label)
+    return figure
 
 
 def svg(figure: "Figure", title: str) -> str:
@@ -132,12 +154,16 @@ def _bars(axes: "Axes", groups: Groups) -> None:
 
 
 def _dress(axes: "Axes", label: str, blocks: list[str]) -> None:
-    axes.set_title(label, loc="left", color=MUTED, fontsize=10)
     step = max(1, -(-len(blocks) // 24))
     axes.set_xticks(range(0, len(blocks), step), [_short(b) for b in blocks[::step]])
     axes.set_xlim(-0.5, len(blocks) - 0.5)
     stems = {b.rpartition(".")[0] for b in blocks}
     axes.set_xlabel("block" if len(stems) > 1 else f"block of {stems.pop() or 'the model'}", color=MUTED)
+    _frame(axes, label)
+
+
+def _frame(axes: "Axes", label: str) -> None:
+    axes.set_title(label, loc="left", color=MUTED, fontsize=10)
     axes.tick_params(colors=MUTED, which="both", length=0)
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)

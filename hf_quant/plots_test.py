@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from hf_quant.plots import bits_figure, error_figure, place, save_png, seconds_figure, svg
+from hf_quant.plots import bits_figure, error_figure, place, save_png, seconds_figure, svg, timestep_figure
 from hf_quant.report import Report
 
 
@@ -87,3 +87,10 @@ def test_png(report, tmp_path):
 )
 def test_place(name, where):
     assert place(name) == where
+
+
+def test_errors_by_timestep_run_from_noise_to_picture():
+    figure = timestep_figure({"rtn": ([900.0, 100.0], [20.0, 10.0]), "$x": ([900.0, 100.0], [25.0, 12.0])})
+    assert plotted(figure)["rtn"] == [20.0, 10.0]
+    first, last = figure.axes[0].get_xlim()
+    assert first > last

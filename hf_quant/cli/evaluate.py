@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_quant.cli import evaluate_pipeline as pictures
 from hf_quant.cli import options as o
 from hf_quant.cli.output import Json, pairs, show, size
+from hf_quant.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +22,14 @@ TOKENS = 32768
 
 def command(
     model: o.Model,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Texts (.txt .jsonl .parquet, a folder) or ids (.npy).")],
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DATA]",
+            help="Texts (.txt .jsonl .parquet, a folder) or ids (.npy); for a pipeline a folder of real pictures, or "
+            "nothing.",
+        ),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -36,11 +45,28 @@ def command(
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="FILE", help="Grows by a line a batch; a killed run goes on.")
     ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option("--classifier", metavar="MODEL", help="Pipelines: who reads the pictures; an image classifier."),
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", help="Pipelines by class: draw the first so many. Default: all it reads.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Pipelines from texts: one prompt a line.")
+    ] = None,
+    images: Annotated[int | None, typer.Option("--images", help="Pipelines: how many to draw. Default: 64.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Pipelines: of denoising. Default: 20.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Pipelines: scale of guidance.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="PNG", help="Pipelines: draw the error against the timestep.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure how good a quantized model is.
 
-    Gives KL to full precision, agreement, perplexity, true bits, size, memory and speed.
+    Of a language model: KL to full precision, agreement, perplexity, true bits, size, memory and speed. Of a pipeline
+    of diffusers: SQNR at every timestep, trajectories and PSNR at equal seeds, what a classifier reads, and the costs.
 
     The mean KL over tokens is the honest number: it says how far the quantized model's next-token distribution is
     from the original's. Perplexity alone hides changes that cancel.
@@ -51,9 +77,30 @@ def command(
       hf-quant evaluate OUT held-out.txt --reference MODEL
       hf-quant evaluate OUT ids.npy -r MODEL --tokens 8192 --json > quality.json
       hf-quant evaluate MODEL held-out.txt                 [dim]perplexity of any model[/]
+      hf-quant evaluate OUT --reference PIPELINE --classifier VIT --plot error.png
     """
-    from hf_quant.loading import load_model, load_processor
+    from hf_quant.loading import load_model, load_processor, resolve
+    from hf_quant.loading_pipeline import draws
 
+    asked = pictures.Asked(
+        classifier=classifier,
+        classes=classes,
+        prompts=prompts,
+        images=images,
+        steps=steps,
+        guidance=guidance,
+        plot=plot,
+    )
+    if draws(model):
+        if resume is not None:
+            raise ConfigError("--resume: for language models; a pipeline is measured in one go")
+        drawn = pictures.measure(model, reference, data, asked, batch_size=batch_size, device=device)
+        show(drawn.to_json(), as_json, lambda console: pairs(console, pictures.rows(drawn)))
+        return
+    asked.refuse()
+    if data is None:
+        resolve(model)
+        raise ConfigError(f"name what to measure on: hf-quant evaluate {model} held-out.txt")
     options: dict[str, Any] = {"window": window, "tokens": tokens, "batch_size": batch_size, "device": device}
     loaded, processor = load_model(model), load_processor(model)
     found = measure(loaded, model, reference, data, processor=processor, resume=resume, **options)
