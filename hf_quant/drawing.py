@@ -1,7 +1,7 @@
 """Drawing: pictures of a diffusion pipeline from given noise, and what its network is called with on the way."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +102,8 @@ class Drawing:
             given["batch_size"] = len(numbers)
         if self.guidance is not None:
             given["guidance_scale"] = self.guidance
-        return pipeline(**{**given, **self.arguments})
+        with answering(pipeline.components.values()):
+            return pipeline(**{**given, **self.arguments})
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,19 @@ class Call:
         tensors = {k: v for k, v in self.arguments.items() if isinstance(v, Tensor)}
         rows = len(self.sample)
         return {k: v.expand(rows) if v.dim() == 0 else v for k, v in tensors.items()}
+
+
+@contextmanager
+def answering(parts: Iterable[object]) -> Iterator[None]:
+    """Out of training mode while this lasts: a pipeline that was not loaded drops labels at random, among others."""
+    training = [m for part in parts if isinstance(part, nn.Module) for m in part.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.drawing import Call, Drawing, answer_of, backbone, watched
+from hf_quant.denoising import quiet
+from hf_quant.drawing import Call, Drawing, answer_of, answering, backbone, watched
 from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.evaluation import PipelineEvaluation
 from hf_quant.ledger import count_bits
@@ -164,7 +165,7 @@ class _Side:
         noise = [torch.Generator().manual_seed(self.seed + i) for i in numbers]
         calls: list[Call] = []
         began = _now(self.pipeline.device)
-        with watched(backbone(self.pipeline), beside or calls.append):
+        with watched(backbone(self.pipeline), beside or calls.append), quiet(self.pipeline):
             self.pictures.append(asked.draw(self.pipeline, numbers, noise))
         spent = _now(self.pipeline.device) - began - (beside.seconds if beside else 0)
         self.seconds.append(spent / len(numbers))
@@ -187,7 +188,9 @@ class _Beside:
         began = _now(device)
         sums = self.errors.setdefault(call.timestep, _Errors())
         wanted = call.answer.double()
-        sums.noise += float((answer_of(self.network(**call.arguments)) - wanted).square().sum())
+        with answering([self.network]):
+            answer = answer_of(self.network(**call.arguments))
+        sums.noise += float((answer - wanted).square().sum())
         sums.signal += float(wanted.square().sum())
         if self.seen >= len(self.calls) or self.calls[self.seen].sample.shape != call.sample.shape:
             raise UnsupportedModel(

@@ -104,7 +104,7 @@ def test_pipelines_by_class() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     pipeline = DiTPipeline(small_dit(), vae, DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.transformer.training, "else labels are never dropped"
     options: dict[str, Any] = {"images": 4, "steps": 2, "guidance": 1.0, "progress": False}
     with pytest.raises(ConfigError, match="class_labels=range"):
         evaluate_pipeline(pipeline, **options)
@@ -118,6 +118,7 @@ def test_pipelines_by_class() -> None:
     assert found.frechet_to_data == found.reference_frechet_to_data > 1
     assert found.frechet_to_reference == pytest.approx(0, abs=1e-3)
     assert found.psnr == 200
+    assert pipeline.transformer.training
     assert found.data == 3
 
 
@@ -147,7 +148,6 @@ def test_refusals(saved: tuple[Path, Path], tmp_path: Path) -> None:
 def test_a_reference_that_runs_otherwise_is_refused() -> None:
     other = unet_pipeline()
     slower = DDIMPipeline(other.unet, DDIMScheduler())
-    slower.set_progress_bar_config(disable=True)
     torch.manual_seed(0)
     wide = unet_pipeline()
     wide.unet.register_to_config(sample_size=16)

@@ -44,7 +44,7 @@ def draws(model: str | Path) -> bool:
 
 
 def load_pipeline(model: str | Path, device: torch.device | str | None = None) -> Any:  # noqa: ANN401  of any class
-    """A pipeline in float32, ready to draw, its own progress bars off.
+    """A pipeline in float32, ready to draw.
 
     Args:
         model: folder or Hub id.
@@ -71,7 +71,6 @@ def load_pipeline(model: str | Path, device: torch.device | str | None = None) -
         raise
     except Exception as error:  # whatever a damaged file makes go wrong inside a library
         raise CheckpointError(f"cannot load {model}: {first_line(error)}") from error
-    loaded.set_progress_bar_config(disable=True)
     return loaded if device is None else loaded.to(device)
 
 
@@ -106,6 +105,4 @@ def with_network(pipeline: Any, network: nn.Module) -> Any:  # noqa: ANN401
             f"{type(network).__name__} does not fit into {type(pipeline).__name__}, whose {name} is a "
             f"{type(getattr(pipeline, name)).__name__}"
         )
-    made = type(pipeline)(**{**pipeline.components, name: network})
-    made.set_progress_bar_config(disable=True)
-    return made
+    return type(pipeline)(**{**pipeline.components, name: network})
