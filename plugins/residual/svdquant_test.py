@@ -1,0 +1,101 @@
+"""SVDQuant: branch and rest are the weight, rounds never hurt, and the order of its parts with outlier channels."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_quant import QuantConfig
+from hf_quant.errors import ConfigError
+from hf_quant.plugins.residual.svdquant import ROWS, LowRankSplit, SearchedSmoothing, output_error, svdquant
+from hf_quant.stages.range import AbsMaxRange
+from hf_quant.stats import AbsMax, Seen, Stat, State
+
+RECIPE, FIT = svdquant(), AbsMaxRange()
+SPECS = RECIPE.weights, RECIPE.inputs
+
+
+def layer() -> tuple[list[Tensor], Tensor, dict[Stat, State]]:
+    """Two weights that share inputs with outlier channels."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 128, generator=g)
+    x[:, [3, 70, 99]] *= 40
+    Ws = [torch.randn(n, 128, generator=g) * 0.05 for n in (96, 64)]
+    stats = {s: s.start(128, x.device) for s in (AbsMax(), ROWS)}
+    for stat, state in stats.items():
+        stat.update(state, Seen(x))
+    return Ws, x, stats
+
+
+def test_branch_and_rest_are_the_weight(claims) -> None:  # type: ignore[no-untyped-def]
+    Ws, _, stats = layer()
+    found = LowRankSplit(16).split(Ws, stats, *SPECS, FIT)
+    away = max(
+        float((W - rest - low.matrix()).abs().max() / W.abs().max())
+        for W, (rest, (low,)) in zip(Ws, found, strict=True)
+    )
+    lows = [low for _, (low,) in found]
+    assert lows[0].down_RK is lows[1].down_RK
+    assert all(t.equal(t.bfloat16().float()) for low in lows for t in low.tensors)
+    claims.invariant("svdquant", "L + R = W, to float32's rounding", away < 1e-6, {"away": away})
+
+
+def test_more_rounds_are_never_worse_and_rank_helps(claims) -> None:  # type: ignore[no-untyped-def]
+    Ws, x, stats = layer()
+    W, plain = torch.cat(Ws), output_error(torch.cat(Ws), None, x, *SPECS, FIT)[0]
+    errors = []
+    for rounds in (1, 3, 100):
+        rests = LowRankSplit(16, rounds).split(Ws, stats, *SPECS, FIT)
+        low = torch.cat([b.matrix() for _, (b,) in rests])
+        R = W - low
+        errors.append(output_error(R, None, x, *SPECS, FIT)[0])
+    claims.invariant(
+        "svdquant",
+        "the output error falls with a branch, and never rises with rounds",
+        plain > errors[0] and errors[0] >= errors[1] * (1 - 1e-4) and errors[1] >= errors[2] * (1 - 1e-4),
+        {"without": plain, "rounds 1, 3, 100": errors},
+    )
+
+
+def test_smoothing_is_the_best_exponent() -> None:
+    Ws, x, stats = layer()
+    W = torch.cat(Ws)
+    found = SearchedSmoothing().propose(Ws, stats, *SPECS, FIT)
+    assert found is not None
+    least = output_error(W, None, x, *SPECS, FIT)[0]
+    ours = output_error(W * found.s_K, None, x / found.s_K, *SPECS, FIT)[0]
+    for a in range(21):
+        s = x.abs().amax(0).pow(a / 20) / W.abs().amax(0).pow(1 - a / 20)
+        least = min(least, output_error(W * s, None, x / s, *SPECS, FIT)[0])
+    assert ours == pytest.approx(least, rel=1e-4)
+
+
+def test_one_seed(judge) -> None:  # type: ignore[no-untyped-def]
+    setting = {"outliers": True, "steps": 0}
+    assert judge.kl("svdquant", rank=16, rounds=3, **setting) < judge.kl("svdquant", rank=0, **setting)
+
+
+@pytest.mark.slow
+def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
+    """W4A4 in groups of 64 with outlier channels, three calibration sets: all of it < smoothing alone < rounding."""
+    ours, smooth = judge.kls("svdquant", outliers=True), judge.kls("svdquant", rank=0, outliers=True)
+    plain = [judge.kl("svdquant", rank=0, steps=0, outliers=True)] * 3
+    setting = "w4a4 g64, tiny-lm with outlier channels"
+    claims.order("svdquant", f"{setting}: KL below smoothing's alone", ours=ours, theirs=smooth)
+    claims.order("svdquant", f"{setting}: smoothing's KL below rtn's", ours=smooth, theirs=plain)
+
+
+@pytest.mark.slow
+def test_claim_on_a_diffusion_transformer(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    dit = diffusion_judges("digits-dit")
+    mean = lambda ratios: -sum(ratios) / len(ratios)  # noqa: E731  lower is better
+    ours = [mean(dit.sqnr("svdquant", seed=seed)) for seed in range(3)]
+    theirs = [mean(dit.sqnr("svdquant", rank=0, steps=0, seed=0))] * 3
+    claims.order(
+        "svdquant", "w4a4 g64, digits-dit: mean noise over the steps (-dB) below rtn's", ours=ours, theirs=theirs
+    )
+
+
+def test_arguments() -> None:
+    for wrong in ({"rank": -1}, {"rounds": 0}, {"steps": -1}, {"solver": "magic"}):
+        with pytest.raises(ConfigError):
+            QuantConfig("svdquant", **wrong)  # type: ignore[arg-type]
