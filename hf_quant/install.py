@@ -6,10 +6,11 @@ from torch import nn
 from hf_quant.plan import SitePlan
 from hf_quant.runtime.embedding import retie
 from hf_quant.runtime.install import install_embedding, install_linear
+from hf_quant.runtime.packed import Packed
 from hf_quant.solve import Solved
 
 
-def install(model: nn.Module, plan: SitePlan, solved: Solved, dtype: torch.dtype | None = None) -> nn.Module:
+def install(model: nn.Module, plan: SitePlan, solved: Solved, dtype: torch.dtype | None = None) -> Packed:
     """Replace the site's module (and, for an embedding, the modules that are tied to it); returns the new one.
 
     Args:

@@ -21,6 +21,7 @@ from hf_quant.errors import CalibrationError, UnsupportedModel
 from hf_quant.fisher import fisher_states, of_inputs
 from hf_quant.groups import find_groups
 from hf_quant.install import install
+from hf_quant.ledger import site_bits
 from hf_quant.memo import Memo
 from hf_quant.pairs import link
 from hf_quant.plan import Plan, SitePlan, make_plan, matches
@@ -355,9 +356,8 @@ class _Loop:
         layer = install(self.model, plan, solved)
         if self.timed is not None:
             self.timed.give(layer)
-        return (
-            replace(solved.entry, reason="never reached by calibration: nearest rounding") if missed else solved.entry
-        )
+        reason = "never reached by calibration: nearest rounding" if missed else solved.entry.reason
+        return replace(solved.entry, bits=site_bits(layer), reason=reason)  # with what is done to its input
 
     def _with_gradients(self, plans: Sequence[SitePlan], stats: dict[Stat, State] | None) -> dict[Stat, State] | None:
         """The statistics of some sites' common input, and of their weights, one above the other."""

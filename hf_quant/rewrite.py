@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.errors import UnsupportedModel
-from hf_quant.runtime.rotating import shift_input
+from hf_quant.runtime.rotating import scale_input, shift_input
 from hf_quant.sites import Site, SiteGroup
 from hf_quant.stages.transform import Diagonal, Online
 
@@ -27,7 +27,8 @@ def float_weight(module: nn.Module, site: Site) -> Tensor:
 def fold(model: nn.Module, group: SiteGroup, rewrite: Diagonal | Online) -> None:
     """Apply a rewrite in place: the producer's output channels divided by s, the readers' input channels times s.
 
-    What is done while the model runs is hooked to the readers until quantized layers do it.
+    What is done while the model runs (a `Diagonal`, where there is no producer) is hooked to the readers until
+    quantized layers do it.
 
     Raises:
         UnsupportedModel: the producer or a reader cannot take its part.
@@ -36,12 +37,18 @@ def fold(model: nn.Module, group: SiteGroup, rewrite: Diagonal | Online) -> None
         for site in group.sites:
             shift_input(model.get_submodule(site.name), rewrite.shift_K)
         return
-    assert group.producer is not None  # noqa: S101  asked for only where there is one
+    if not bool(torch.isfinite(rewrite.s_K).all() and (rewrite.s_K > 0).all()):
+        raise UnsupportedModel(f"scales for the input of {group.sites[0].name} are not finite and positive")
+    if group.producer is None:
+        for site in group.sites:
+            module = model.get_submodule(site.name)
+            scale_input(module, rewrite.s_K)
+            if rewrite.z_K is not None:
+                shift_input(module, -rewrite.z_K / rewrite.s_K)
+        return
     producer = model.get_submodule(group.producer)
     readers = [model.get_submodule(site.name) for site in group.sites]
     s_C = _of_producer(rewrite.s_K.double().log(), group).exp()
-    if not bool(torch.isfinite(s_C).all() and (s_C > 0).all()):
-        raise UnsupportedModel(f"scales for {group.producer} are not finite and positive")
     if rewrite.z_K is not None:
         z_C = _of_producer(rewrite.z_K.double(), group)
         _shift(group, producer, readers, z_C)

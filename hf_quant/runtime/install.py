@@ -15,7 +15,7 @@ from hf_quant.runtime.clock import unwatch
 from hf_quant.runtime.embedding import QuantEmbedding, tied_embedding, tied_head
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import Packed
-from hf_quant.runtime.rotating import rotation_of, shift_of
+from hf_quant.runtime.rotating import rotation_of, scale_of, shift_of
 from hf_quant.sites import linear_shape
 from hf_quant.spec import Spec
 
@@ -32,7 +32,7 @@ def install_linear(
     branches: Sequence[Branch] = (),
     dtype: torch.dtype | None = None,
 ) -> QuantLinear:
-    """Replace the linear layer (or Conv1D) `name` by a quantized one, with its bias and its input's rotation.
+    """Replace the linear layer (or Conv1D) `name` by a quantized one, with its bias and what is done to its input.
 
     Arguments as in `QuantLinear.from_qtensor`; `dtype` defaults to the type of the layer's weight.
 
@@ -53,7 +53,7 @@ def install_linear(
         bias=bias,
         inputs=inputs,
         input_range=input_range,
-        pre_scale=pre_scale,
+        pre_scale=scale_of(module) if pre_scale is None else pre_scale,
         branches=branches,
         rotation=rotation_of(module),
         shift=shift_of(module),

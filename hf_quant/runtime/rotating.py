@@ -1,4 +1,4 @@
-"""Rotating, shifting: what is done to a float layer's input while the model runs, until a quantized layer does it."""
+"""Rotating, scaling, shifting: what is done to a float layer's input while it runs, until a quantized layer does it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,42 @@ def rotate_input(module: nn.Module, rotation: Hadamard) -> None:
 def rotation_of(module: nn.Module) -> Hadamard | None:
     """The rotation of a float layer's input, if it has one."""
     return next((h.rotation for h in module._forward_pre_hooks.values() if isinstance(h, Rotating)), None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaling:
+    """A forward pre-hook, before a shift: multiplies the input's channels."""
+
+    scale_K: Tensor
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`x -> x p`."""
+        return args[0] * self.scale_K.to(args[0]), *args[1:]
+
+
+@torch.no_grad()
+def scale_input(module: nn.Module, s_K: Tensor) -> None:
+    """Divide a float layer's input by s from now on, and multiply its weight's columns by what that really is.
+
+    Raises:
+        UnsupportedModel: the input is rotated, scaled or shifted already: a quantized layer scales once, and first.
+    """
+    if any(isinstance(h, Rotating | Scaling | Shifting) for h in module._forward_pre_hooks.values()):
+        raise UnsupportedModel(
+            "the input of a layer cannot be scaled while the model runs after it was rotated, scaled or shifted there: "
+            "let the transform that scales come first"
+        )
+    weight = module.weight
+    assert isinstance(weight, Tensor)  # noqa: S101  a linear layer's
+    W_NK = weight.T if type(module).__name__ == "Conv1D" else weight
+    scale_K = (1 / s_K.double()).to(weight)
+    W_NK.data.copy_((W_NK.double() / scale_K.double()).to(weight.dtype))
+    module.register_forward_pre_hook(Scaling(scale_K))
+
+
+def scale_of(module: nn.Module) -> Tensor | None:
+    """What a float layer's input is multiplied by, if it is."""
+    return next((h.scale_K for h in module._forward_pre_hooks.values() if isinstance(h, Scaling)), None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,7 +21,9 @@ from hf_quant.stats import Stat, Stats
 class Diagonal:
     """`x_k -> (x_k - z_k) / s_k`: column k of every weight that reads it times `s_K[k]`, `W z` into their biases.
 
-    Channels that carry the same value (shared by several query heads) get their geometric mean of s, their mean of z.
+    Where nothing before the group can take it (an `OnlineTransform` is asked there, too), it is done while the model
+    runs. Channels that carry the same value (shared by several query heads) get their geometric mean of s, their mean
+    of z.
     """
 
     s_K: Tensor
@@ -95,8 +97,8 @@ class OnlineTransform(Protocol):
 
     def online(
         self, Ws: Sequence[Tensor], stats: Stats, weights: Spec, inputs: Spec | None, fit: Range
-    ) -> Online | None:
-        """The rewrite, or None to leave it as it is."""
+    ) -> Diagonal | Online | None:
+        """The rewrite, or None to leave it as it is. A `Diagonal` costs nothing where something before can take it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@
 Every error is that of the output with weights and inputs rounded, on rows of real inputs.
 
 Shapes: x_TK, W_NK; down_RK, shared by the layers of a group; up_NR; scales a group of columns, of weights and inputs.
-Differs from the paper: smoothed only where the scales can be folded into what comes before (not after a norm that is
-modulated by the timestep); the branch is in the model's own type, its values those of bfloat16; inputs are signed; no
-weight is skipped by its name.
+Differs from the paper: where the scales cannot be folded into what comes before (a norm modulated by the timestep), the
+layer divides its input itself; the branch is in the model's own type, its values those of bfloat16; inputs are signed;
+no weight is skipped by its name.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from hf_quant.qtensor import nearest
 from hf_quant.recipe import Recipe
 from hf_quant.runtime.activation import fake_quantize
 from hf_quant.runtime.branches import Branch, LowRank
-from hf_quant.spec import Spec, act_spec, int_spec
+from hf_quant.spec import Spec, act_spec, check_group_size, int_spec
 from hf_quant.stages.objective import LayerMse
 from hf_quant.stages.range import Range
 from hf_quant.stages.solver import Nearest
@@ -48,10 +48,10 @@ class SearchedSmoothing:
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps!r}: at least 1")
 
-    def propose(
+    def online(
         self, Ws: Sequence[Tensor], stats: Stats, weights: Spec, inputs: Spec | None, fit: Range
     ) -> Diagonal | None:
-        """See `Transform.propose`."""
+        """See `OnlineTransform.online`."""
         W_NK, x_TK, x_K = torch.cat(list(Ws)).float(), ROWS.values(stats[ROWS]), stats[AbsMax()]["max"].float()
         w_K = W_NK.abs().amax(0)
         seen_K = (x_K > 0) & (w_K > 0)
@@ -116,6 +116,7 @@ def svdquant(
     bits: int = 4,
     act_bits: int = 4,
     group_size: int = 64,
+    act_group_size: int = 64,
     rank: int = 32,
     steps: int = 20,
     rounds: int = 100,
@@ -124,9 +125,10 @@ def svdquant(
     """Smooth (`steps=0`: not), split (`rank=0`: not), round the rest by `solver`, "rtn" or "gptq"."""
     if solver not in ("gptq", "rtn"):
         raise ConfigError(f'solver={solver!r}: "gptq" or "rtn"')
+    check_group_size(act_group_size)
     return Recipe(
         weights=int_spec(bits, group_size, symmetric=True),
-        inputs=replace(act_spec(act_bits), block=(1, group_size)),
+        inputs=replace(act_spec(act_bits), block=(1, act_group_size)),
         transforms=(SearchedSmoothing(steps),) if steps else (),
         splitter=LowRankSplit(rank, rounds) if rank else None,
         objective=LayerMse() if solver == "gptq" else None,

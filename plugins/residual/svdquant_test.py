@@ -1,5 +1,7 @@
 """SVDQuant: branch and rest are the weight, rounds never hurt, and the order of its parts with outlier channels."""
 
+from statistics import fmean
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,7 +61,7 @@ def test_more_rounds_are_never_worse_and_rank_helps(claims) -> None:  # type: ig
 def test_smoothing_is_the_best_exponent() -> None:
     Ws, x, stats = layer()
     W = torch.cat(Ws)
-    found = SearchedSmoothing().propose(Ws, stats, *SPECS, FIT)
+    found = SearchedSmoothing().online(Ws, stats, *SPECS, FIT)
     assert found is not None
     least = output_error(W, None, x, *SPECS, FIT)[0]
     ours = output_error(W * found.s_K, None, x / found.s_K, *SPECS, FIT)[0]
@@ -71,7 +73,7 @@ def test_smoothing_is_the_best_exponent() -> None:
 
 def test_one_seed(judge) -> None:  # type: ignore[no-untyped-def]
     setting = {"outliers": True, "steps": 0}
-    assert judge.kl("svdquant", rank=16, rounds=3, **setting) < judge.kl("svdquant", rank=0, **setting)
+    assert judge.kl("svdquant", rank=16, rounds=1, **setting) < judge.kl("svdquant", rank=0, **setting)
 
 
 @pytest.mark.slow
@@ -85,17 +87,29 @@ def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.slow
+def test_a_branch_is_worth_more_than_its_bytes_in_scales(judge, claims) -> None:  # type: ignore[no-untyped-def]
+    """In bfloat16 rank 32 takes 3.17 bits a weight of tiny-lm (more than half of 32 numbers a row of 256): g64 and the
+    branch are 3.42 bits beside the codes, groups of 4 are 4."""
+    ours, theirs = judge.kls("svdquant", outliers=True), judge.kls("svdquant", rank=0, group_size=4, outliers=True)
+    statement = "w4a4, tiny-lm with outlier channels: KL with rank 32 below that with as many bits in scales (g4)"
+    claims.order("svdquant", statement, ours=ours, theirs=theirs)
+
+
+@pytest.mark.slow
 def test_claim_on_a_diffusion_transformer(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    """Noise over the steps: with outlier-free activations smoothing alone is not expected to do much."""
     dit = diffusion_judges("digits-dit")
-    mean = lambda ratios: -sum(ratios) / len(ratios)  # noqa: E731  lower is better
-    ours = [mean(dit.sqnr("svdquant", seed=seed)) for seed in range(3)]
-    theirs = [mean(dit.sqnr("svdquant", rank=0, steps=0, seed=0))] * 3
-    claims.order(
-        "svdquant", "w4a4 g64, digits-dit: mean noise over the steps (-dB) below rtn's", ours=ours, theirs=theirs
-    )
+
+    def noise(**arguments: int) -> list[float]:
+        return [-fmean(dit.sqnr("svdquant", seed=seed, **arguments)) for seed in range(3)]
+
+    ours, smooth, plain = noise(), noise(rank=0), noise(rank=0, steps=0)
+    setting = "w4a4 g64, digits-dit: mean noise over the steps (-dB) below"
+    claims.order("svdquant", f"{setting} smoothing's alone", ours=ours, theirs=smooth)
+    claims.order("svdquant", f"{setting} rtn's, by smoothing alone", ours=smooth, theirs=plain)
 
 
 def test_arguments() -> None:
-    for wrong in ({"rank": -1}, {"rounds": 0}, {"steps": -1}, {"solver": "magic"}):
+    for wrong in ({"rank": -1}, {"rounds": 0}, {"steps": -1}, {"solver": "magic"}, {"act_group_size": 0}):
         with pytest.raises(ConfigError):
             QuantConfig("svdquant", **wrong)  # type: ignore[arg-type]
