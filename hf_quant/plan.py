@@ -18,6 +18,7 @@ from hf_quant.report import Entry
 from hf_quant.runtime.experts import Experts
 from hf_quant.sites import Site, covering, find_blocks, kept_reason, linear_shape, walk
 from hf_quant.stages.solver import Nearest
+from hf_quant.stages.transform import WholeTransform
 from hf_quant.stages.tuner import Chain, Unit
 
 SMALL = 1024  # parameters up to this many elements are not worth a line in the coverage
@@ -174,10 +175,8 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
             continue
         try:
             shares = tuple(end for end, table in tied.items() if table == site.name)
-            sites[site.name] = _site_plan(site, own, shares)
+            sites[site.name] = _site_plan(model, site, own, shares)
             _refuse_one_stream(model, sites[site.name])
-            if own.trainer is not None and (reason := own.trainer.refuses(model, own.weights)):
-                problems.append(f"{site.name}: {type(own.trainer).__name__}: {reason}")
         except UnsupportedSpec as error:
             problems.append(f"{site.name}: {error}")
     if problems:
@@ -189,22 +188,24 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
     rest = _coverage(model, sites, reasons, job)
     budget = recipe.allocator.budget if recipe.allocator else None
     inside, late = _units(model, recipe, sites) if recipe.tuner is not None else ({}, ())
-    plan = Plan(tuple(find_blocks(model)), sites, rest, _small_bits(model, sites, rest), budget, inside, late)
+    small = _small_bits(model, sites, rest) + _untied_bits(model, recipe)
+    plan = Plan(tuple(find_blocks(model)), sites, rest, small, budget, inside, late)
     _refuse_unreachable(plan)
     return plan
 
 
 def _refuse_unreachable(plan: Plan) -> None:
-    if plan.budget is None:
-        return
-    if not plan.is_open:
+    if plan.budget is not None and not plan.is_open:
         raise UnsupportedSpec(f"budget {plan.budget.size}: the overrides leave no layer whose bits could be chosen")
-    if sum(p.options[0].bits for p in plan.sites.values() if p.options) > plan.room:
-        raise UnsupportedSpec(
-            f"the budget of {plan.budget.size} cannot be met: this model gets {plan.lowest.size} at the least and "
-            f"{plan.highest.size} at the most. Raise the budget, allow smaller widths "
-            "(budget={'size': ..., 'widths': [...]}) or larger groups, or quantize more (overrides for embeddings)"
-        )
+    if not plan.is_open or sum(p.options[0].bits for p in plan.sites.values() if p.options) <= plan.room:
+        return
+    reach = f"this model gets {plan.lowest.size} at the least and {plan.highest.size} at the most"
+    if plan.budget is None:
+        raise UnsupportedSpec(f"no width to choose from is as small as the method's own bits: {reach}; raise bits")
+    raise UnsupportedSpec(
+        f"the budget of {plan.budget.size} cannot be met: {reach}. Raise the budget, allow smaller widths "
+        "(budget={'size': ..., 'widths': [...]}) or larger groups, or quantize more (overrides for embeddings)"
+    )
 
 
 def _refuse_unrun(recipe: Recipe, job: Job) -> None:
@@ -282,19 +283,21 @@ def _tied_otherwise(model: nn.Module) -> dict[str, str]:
     return rest | {b: a for a, b in rest.items()}
 
 
-def _site_plan(site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
+def _site_plan(model: nn.Module, site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
     if site.kind == "embedding":  # a lookup has no activations to calibrate on
         plain = {"objective": None, "solver": Nearest(), "splitter": None, "grids": None, "repairs": (), "inputs": None}
         plain["tuner"] = None
         recipe = replace(recipe, **plain)  # type: ignore[arg-type]
     if recipe.allocator is not None:
-        return _open_plan(site, recipe, shares)
+        return _open_plan(model, site, recipe, shares)
     layer = Layer(site.shape, recipe.weights, recipe.inputs)
     refusal = recipe.solver.refuses(recipe.weights)
     if refusal:
         raise UnsupportedSpec(f"{type(recipe.solver).__name__}: {refusal}")
     if recipe.tuner is not None and (refusal := recipe.tuner.refuses(recipe.weights, recipe.inputs)):
         raise UnsupportedSpec(f"{type(recipe.tuner).__name__}: {refusal}")
+    if recipe.trainer is not None and (refusal := recipe.trainer.refuses(model, recipe.weights)):
+        raise UnsupportedSpec(f"{type(recipe.trainer).__name__}: {refusal}")
     if recipe.format is None:
         return SitePlan(site, recipe, layer, format_for(layer), shares)
     fmt = format_named(recipe.format)
@@ -318,7 +321,7 @@ def _refuse_one_stream(model: nn.Module, plan: SitePlan) -> None:
         )
 
 
-def _open_plan(site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
+def _open_plan(model: nn.Module, site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
     """A site whose spec an allocator chooses, of those that its solver and some format take."""
     assert recipe.allocator is not None  # noqa: S101  called for such recipes
     plain = replace(recipe, allocator=None)
@@ -326,12 +329,12 @@ def _open_plan(site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:
     refusals: list[str] = []
     for spec in recipe.allocator.choices:
         try:
-            options.append(_site_plan(site, replace(plain, weights=spec), shares))
+            options.append(_site_plan(model, site, replace(plain, weights=spec), shares))
         except UnsupportedSpec as error:
             refusals.append(str(error))
     if not options:
         raise UnsupportedSpec("none of the widths to choose from: " + "; ".join(dict.fromkeys(refusals)))
-    return replace(_site_plan(site, plain, shares), options=tuple(sorted(options, key=lambda o: o.bits)))
+    return replace(_site_plan(model, site, plain, shares), options=tuple(sorted(options, key=lambda o: o.bits)))
 
 
 def _overrides(names: Sequence[str], job: Job) -> dict[str, Recipe | None]:
@@ -384,6 +387,14 @@ def _small_bits(model: nn.Module, sites: Mapping[str, SitePlan], entries: Sequen
         kept = module._buffers.keys() - module._non_persistent_buffers_set
         stored |= {f"{owner}.{n}": b for n in kept if (b := module._buffers[n]) is not None}
     return sum(8 * t.numel() * t.element_size() for t in stored.values())
+
+
+def _untied_bits(model: nn.Module, recipe: Recipe) -> int:
+    """Bits of the copies that a rotation of the residual stream makes of tied tables: a budget must foresee them."""
+    if not any(isinstance(t, WholeTransform) for t in recipe.transforms):
+        return 0
+    weights = [model.get_submodule(end).weight for end in ties(model)]
+    return sum(8 * w.numel() * w.element_size() for w in weights if isinstance(w, torch.Tensor))
 
 
 def _entry(name: str, parameter: torch.Tensor, status: str, reason: str, bits: int) -> Entry:

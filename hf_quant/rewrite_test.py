@@ -48,7 +48,8 @@ def test_the_scale_is_stored_beside_the_codes_and_loaded() -> None:
     model, x = layers(torch.bfloat16), torch.randn(5, 32, generator=G).bfloat16()
     fold(model, GROUP, Diagonal(S))
     stored, spec = scale_of(model[0]), int_spec(8, 16)
-    assert stored is not None and stored.dtype == torch.bfloat16
+    assert stored is not None
+    assert stored.dtype == torch.bfloat16
     W, exact = model[0].weight.clone(), layers(torch.bfloat16)[0].weight
     torch.testing.assert_close(W.double() * stored.double(), exact.double(), atol=0, rtol=2**-8)
     layer = install_linear(model, "0", refit(W, spec), format_for(Layer((24, 32), spec)))
