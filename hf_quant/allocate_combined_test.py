@@ -71,7 +71,9 @@ def test_a_trainer_is_asked_for_every_width() -> None:
     trained = replace(recipe, trainer=UpToFour())
     plan = make_plan(llama(), trained, Job(data=IDS))
     assert {o.recipe.weights.grid.bits for p in plan.sites.values() for o in p.options} == {2, 3, 4}
-    assert {o.recipe.weights.grid.bits for p in make_plan(llama(), recipe, Job()).sites.values() for o in p.options} > {4}
+    assert {o.recipe.weights.grid.bits for p in make_plan(llama(), recipe, Job()).sites.values() for o in p.options} > {
+        4
+    }
     wide = replace(recipe.allocator, choices=(int_spec(8, 16),))
     with pytest.raises(UnsupportedSpec, match="none of the widths to choose from: UpToFour: at most four bits"):
         make_plan(llama(), replace(trained, allocator=wide), Job(data=IDS))

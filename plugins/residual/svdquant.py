@@ -110,7 +110,7 @@ class LowRankSplit:
     "svdquant",
     paper=Paper("2411.05007", "SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models"),
     domains={"diffusion", "llm", "vit"},
-    claim="with 4-bit weights and inputs, KL below smoothing alone, and that below rtn's, with outlier channels",
+    claim="with 4-bit weights and inputs KL below smoothing alone, that below rtn's; a branch is worth its bytes",
 )
 def svdquant(
     bits: int = 4,
