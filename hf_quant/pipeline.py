@@ -231,8 +231,7 @@ class _Loop:
         units = self.plan.inside.get(name, ())
         two_streams = any(s.two_streams for p in plans for s in p.recipe.needs)
         # past the untouched block, before a rewrite or a resumed run changes it
-        apart = two_streams or bool(units)
-        passed = [run_fp(block, i).to(home) for i in range(len(twins))] if apart else twins
+        passed = [run_fp(block, i).to(home) for i in range(len(twins))] if self._two_paths() else twins
         entries = self.run_dir.load(name, block)
         if self.timed is not None:
             self.timed.give(block)
@@ -416,6 +415,10 @@ class _Loop:
     def _tuner(self) -> Tuner:
         assert self.recipe.tuner is not None  # noqa: S101  there are units
         return self.recipe.tuner
+
+    def _two_paths(self) -> bool:
+        """Whether any block reads full precision's hidden states: all before it must then hand them on."""
+        return bool(self.plan.inside) or any(s.two_streams for p in self.plan.sites.values() for s in p.recipe.needs)
 
     # ---- small things -------------------------------------------------------------------------------------------
 

@@ -209,7 +209,8 @@ def test_a_block_with_experts_is_one_unit_and_a_layer_of_it_is_refused() -> None
         run(again, recipe(LayerUnits()))
 
 
-def test_the_cache_holds_both_paths() -> None:
+@pytest.mark.parametrize("skip", [(), ("model.layers.0.*",)], ids=["every block", "all but the first"])
+def test_the_cache_holds_both_paths(skip: tuple[str, ...]) -> None:
     """The second block's quantized input carries the first's error, and the target is the float block's output."""
     model, caught = llama(), {}
     examples = Surroundings.examples
@@ -220,7 +221,7 @@ def test_the_cache_holds_both_paths() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Surroundings, "examples", watched)
-        run(model, recipe())
+        run(model, recipe(), skip=skip)
     original = llama()
     with torch.no_grad():
         for i, batch in enumerate(ids()):
@@ -230,7 +231,17 @@ def test_the_cache_holds_both_paths() -> None:
             assert example.fp_call[0][0].equal(states[1])
             assert example.target.equal(states[2])
             assert torch.allclose(example.call[0][0], quantized[1], atol=1e-5)
-            assert not torch.allclose(example.call[0][0], states[1], atol=1e-3)
+            assert torch.allclose(example.call[0][0], states[1], atol=1e-3) is bool(skip)
+
+
+def test_two_streams_pass_a_block_that_is_kept() -> None:
+    """GPTAQ after a block in full precision: both streams are the same there, so it is GPTQ."""
+    one, other = llama(), llama()
+    keep = ("model.layers.0.*", "model.layers.2.*", "lm_head")
+    run(one, QuantConfig("gptaq", bits=3, group_size=32).quantizer(), skip=keep)
+    run(other, QuantConfig("gptq", bits=3, group_size=32).quantizer(), skip=keep)
+    name = "model.layers.1.self_attn.q_proj.qweight"  # the first that is reached: nothing before it was rounded
+    assert one.state_dict()[name].equal(other.state_dict()[name])
 
 
 @pytest.mark.parametrize("kind", ["blocks", "model"])

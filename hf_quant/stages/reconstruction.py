@@ -7,6 +7,7 @@ their values from one of both paths (QDrop, arXiv:2203.05740). What is kept is t
 hard, the start included, so a unit never ends worse than it began on the data.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,6 +162,7 @@ class Reconstruction:
             quantized path while learning; QDrop takes 0.5, and 1.0 mixes nothing.
         input_lr: learning rate of the logarithm of static input steps; 0 leaves them as they were fitted.
         checks: how often the hard loss over all data is measured; the best state is kept.
+        warmup: share of the steps in which the learning rates rise to where the cosine schedule has them.
     """
 
     rounding: Rounding
@@ -170,6 +172,7 @@ class Reconstruction:
     share: float = 1.0
     input_lr: float = 0.0
     checks: int = 4
+    warmup: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch", 1), ("checks", 1)):
@@ -178,6 +181,13 @@ class Reconstruction:
                 raise ConfigError(f"{name}={value!r}: an integer of at least {least}")
         if not 0 <= self.share <= 1:
             raise ConfigError(f"share={self.share!r}: a probability, the share of values from the quantized path")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup={self.warmup!r}: a share of the steps, below 1")
+
+    def rate(self, step: int) -> float:
+        """What a step's learning rates are multiplied by: `cos^2(pi t / 2)`, and less while they rise."""
+        rising = self.warmup * self.steps
+        return (1 + math.cos(math.pi * step / self.steps)) / 2 * (min(1.0, (step + 1) / rising) if rising else 1.0)
 
     def refuses(self, weights: Spec, inputs: Spec | None) -> str | None:
         """What the rounding refuses, and inputs that cannot be rounded at run time."""
@@ -264,7 +274,7 @@ class _Fit:
         if not how.steps or not learned:
             return False
         optimizer = torch.optim.Adam([{"params": [p], "lr": lr} for p, lr in learned])
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, how.rate)
         due = {round(how.steps * (i + 1) / how.checks) for i in range(how.checks)}
         drawn = self._draw()
         for step in inner(range(how.steps), description=self.unit.name, total=how.steps):
