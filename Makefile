@@ -20,9 +20,9 @@ test: $(READY)  ## the test suite, in WORKERS processes
 test-lowest:  ## the test suite with the oldest versions that pyproject.toml allows
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt PYTEST_ARGS="-W default"
 
-# One process: two would write the same method's file. Claims of methods that are gone go with the folder.
-proof: $(READY)  ## measure every claim anew, and write STATUS.md from what came out
-	rm -rf proof/claims
+# One process: two would write the same method's file. Stopped, it goes on where it was.
+proof: $(READY)  ## measure the claims that are missing or older than their method's source (ANEW=1: all), write STATUS.md
+	$(if $(ANEW),rm -rf proof/claims)
 	$(BIN)/python -m pytest -q -m "not gpu and not hub" --claims proof/claims $(PYTEST_ARGS) plugins
 	$(BIN)/python -m hf_quant.testing.status
 

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 
 from hf_quant.testing import Claims
+from hf_quant.testing.claims import read
+from hf_quant.testing.sources import fingerprint
+
+pytest_plugins = ["pytester"]
 
 
 def test_an_order_needs_the_mean_and_two_thirds_of_the_seeds() -> None:
@@ -29,3 +33,68 @@ def test_claims_are_kept_once_each_even_when_they_fail(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "m.json").read_text())
     assert [(c["statement"], c["reproduced"]) for c in kept] == [("lower", True), ("nothing is lost", True)]
     assert kept[0]["figures"]["ratio"] == 0.5
+
+
+def test_a_test_that_passed_owns_its_claims(tmp_path: Path) -> None:
+    """What it claimed before and claims no more is gone, in every file; those of other tests stay."""
+    first, other = Claims(tmp_path, "a_test.py::test_a"), Claims(tmp_path, "a_test.py::test_b")
+    first.invariant("m", "old", True)
+    first.invariant("n", "elsewhere", True)
+    other.invariant("m", "of another", True)
+    first.finish("1" * 16)
+    again = Claims(tmp_path, "a_test.py::test_a")
+    again.invariant("m", "new", True)
+    assert {c.statement: c.source for c in read(tmp_path / "m.json")} == {"new": "", "of another": "", "old": "1" * 16}
+    again.finish("2" * 16)
+    assert {c.statement: c.source for c in read(tmp_path / "m.json")} == {"new": "2" * 16, "of another": ""}
+    assert not (tmp_path / "n.json").exists()
+
+
+PAPER = """
+import lower
+
+def test_order(claims):
+    claims.order("m", "lower", ours=[lower.OURS] * 3, theirs=[2] * 3)
+
+def test_invariant(claims):
+    claims.invariant("m", "holds", True)
+    assert lower.OURS != 1.75
+
+def test_of_something_else():
+    raise AssertionError("is not run under --claims")
+"""
+
+
+def test_what_is_measured_again(pytester: pytest.Pytester) -> None:
+    """Claims older than their source, those of a test that failed, and no others; none at all is success."""
+    pytester.makepyfile(lower="OURS = 1.", lower_test=PAPER)
+
+    def run(**outcome: int) -> int:
+        result = pytester.runpytest("-p", "hf_quant.testing.fixtures", "--claims", "kept", "lower_test.py")
+        result.assert_outcomes(**outcome)
+        return int(result.ret)
+
+    assert run(passed=2, deselected=1) == 0
+    assert run(deselected=3) == 0
+    pytester.makepyfile(lower="OURS = 1.500")
+    assert run(passed=2, deselected=1) == 0
+    assert read(pytester.path / "kept" / "m.json")[1].figures["ours"] == [1.5] * 3
+    pytester.makepyfile(lower="OURS = 1.75")
+    assert run(passed=1, failed=1, deselected=1) == 1
+    assert run(failed=1, deselected=2) == 1
+    pytester.makepyfile(lower="OURS = 3.00000")
+    assert run(passed=1, failed=1, deselected=1) == 1
+    assert run(failed=1, deselected=2) == 1
+
+
+def test_a_fingerprint_covers_the_methods_that_a_test_imports() -> None:
+    """qera's test imports lorc's, that imports lorc, and that lowrank_core."""
+    from hf_quant.testing.sources import covered
+
+    root = Path(__file__).parents[2] / "plugins" / "residual"
+    names = {path.name for path in covered(root / "qera_test.py")}
+    assert {"qera.py", "qera_test.py", "lorc_test.py", "lorc.py", "lowrank_core.py"} <= names
+    assert not names & {"loftq.py", "pipeline.py"}
+    assert (
+        fingerprint(root / "qera_test.py") == fingerprint(root / "qera_test.py") != fingerprint(root / "lqer_test.py")
+    )

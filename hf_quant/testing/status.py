@@ -15,10 +15,11 @@ from pathlib import Path
 from statistics import fmean
 
 from hf_quant.method import Method, list_methods
-from hf_quant.testing.claims import Claim
+from hf_quant.testing.claims import Claim, read, write
 
 PROOF = Path(__file__).parents[2] / "proof"
 PAGE = PROOF.parent / "STATUS.md"
+SEEDS = 3  # of an order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,26 @@ def catalogue(proof: Path = PROOF) -> dict[str, list[Known]]:
 def kept_claims(proof: Path = PROOF) -> dict[str, list[Claim]]:
     """Method id -> the claims that tests kept."""
     files = sorted((proof / "claims").glob("*.json"))
-    return {path.stem: [Claim(**c) for c in json.loads(path.read_text())] for path in files}
+    return {path.stem: read(path) for path in files}
+
+
+def drop_orphans(proof: Path = PROOF) -> list[str]:
+    """Remove kept claims whose method or test is gone; returns which."""
+    methods, dropped = {m.id for m in list_methods()}, []
+    for path in sorted((proof / "claims").glob("*.json")):
+        kept = read(path)
+        mine = [c for c in kept if path.stem in methods and _test_exists(c.test, proof.parent)]
+        dropped += [f"{c.method}: {c.statement}" for c in kept if c not in mine]
+        if len(mine) < len(kept):
+            write(path, mine)
+    return dropped
+
+
+def _test_exists(test: str, root: Path) -> bool:
+    """Whether a file still has the test of this name; a claim that does not name its test is given credit."""
+    file, _, name = test.partition("::")
+    function = name.partition("[")[0].rpartition("::")[2]
+    return not test or ((root / file).is_file() and f"def {function}(" in (root / file).read_text())
 
 
 def page(
@@ -77,7 +97,8 @@ def page(
         "Which published methods are built, and whether their claims come out on our bench of small trained models.",
         "Made by `make proof` from [proof](proof); nothing here is written by hand. An *invariant* is mathematics and",
         "must hold; an *order* compares two figures on several seeds and is reproduced when the mean and two thirds of",
-        "the seeds agree. What fails at this scale is said to fail, with its figures.",
+        f"the seeds agree. Fewer than {SEEDS} seeds are bold: nothing is drawn there, or a claim is kept in short.",
+        "What fails at this scale is said to fail, with its figures.",
         "",
         "| " + " | ".join(counts) + " | all |",
         "|" + "---:|" * (len(counts) + 1),
@@ -88,8 +109,8 @@ def page(
         lines += [_row(k, claims, registered) for k in known]
     lines += ["", "## What was checked", ""]
     lines += [
-        "| method | statement | kind | came out | ours | theirs | ratio | asked |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | statement | kind | came out | seeds | ours | theirs | ratio | asked |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_checked(claim) for method in sorted(claims) for claim in claims[method]]
     return "\n".join(lines) + "\n"
@@ -130,7 +151,8 @@ def _checked(claim: Claim) -> str:
     elif figures:
         numbers[0] = ", ".join(f"{_cell(name)} {_mean(value)}" for name, value in figures.items())
     result = "yes" if claim.reproduced else "**no**"
-    return "| " + " | ".join([f"`{claim.method}`", _cell(claim.statement), claim.kind, result, *numbers]) + " |"
+    seeds = "" if claim.kind == "invariant" else str(claim.seeds) if claim.seeds >= SEEDS else f"**{claim.seeds}**"
+    return "| " + " | ".join([f"`{claim.method}`", _cell(claim.statement), claim.kind, result, seeds, *numbers]) + " |"
 
 
 def _mean(value: float | list[float]) -> str:
@@ -148,6 +170,8 @@ def current() -> str:
 
 if __name__ == "__main__":
     if "--check" not in sys.argv:
+        for claim in drop_orphans():
+            print(f"dropped, for its method or its test is gone: {claim}")  # noqa: T201
         PAGE.write_text(current())
     elif not PAGE.is_file() or PAGE.read_text() != current():
         sys.exit("STATUS.md is not what proof/claims gives; run: make proof")

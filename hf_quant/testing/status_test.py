@@ -1,12 +1,13 @@
 """The page says what was kept, no more; and the committed one is the one that the kept claims give."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from hf_quant.method import Paper, list_methods
 from hf_quant.testing import Claims
-from hf_quant.testing.status import PAGE, Known, catalogue, current, kept_claims, page
+from hf_quant.testing.status import PAGE, Known, catalogue, current, drop_orphans, kept_claims, page
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,22 @@ def test_every_method_is_listed_with_what_came_out(text: str) -> None:
 
 
 def test_figures_are_shown_and_cells_are_escaped(text: str) -> None:
-    assert "| `good` | lower \\| better | order | yes | 1 | 3 | 0.333 | <= 1 |" in text
-    assert "| `bad` | lower | order | **no** | 3 | 2 | 1.500 | <= 1 |" in text
-    assert "| `bad` | nothing is lost | invariant | yes | lost 0 |  |  |  |" in text
+    assert "| `good` | lower \\| better | order | yes | **2** | 1 | 3 | 0.333 | <= 1 |" in text
+    assert "| `bad` | lower | order | **no** | **1** | 3 | 2 | 1.500 | <= 1 |" in text
+    assert "| `bad` | nothing is lost | invariant | yes |  | lost 0 |  |  |  |" in text
+
+
+def test_claims_whose_test_or_method_is_gone_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "a_test.py").write_text("def test_kept(claims): ...")
+    for method, test in (("gptq", "test_kept[3]"), ("gptq", "test_kept_no_more"), ("no-such-method", "test_kept[3]")):
+        Claims(tmp_path / "proof" / "claims", f"a_test.py::{test}").invariant(method, f"of {test}", True)
+    Claims(tmp_path / "proof" / "claims").invariant("gptq", "of nobody knows which", True)
+    gone = drop_orphans(tmp_path / "proof")
+    assert gone == ["gptq: of test_kept_no_more", "no-such-method: of test_kept[3]"]
+    left = kept_claims(tmp_path / "proof")
+    assert {m: [c.statement for c in of] for m, of in left.items()} == {
+        "gptq": ["of nobody knows which", "of test_kept[3]"]
+    }
 
 
 def test_ids_are_listed_once() -> None:
