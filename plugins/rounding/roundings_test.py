@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_quant.grids import IntGrid
 from hf_quant.plugins.rounding.adaround import AdaRound
+from hf_quant.plugins.rounding.discquant import Between
 from hf_quant.plugins.rounding.flexround import FlexRound
 from hf_quant.plugins.rounding.gptq import Gptq
 from hf_quant.plugins.rounding.lrq import Lrq
@@ -24,6 +25,7 @@ from hf_quant.stages.tuner import Example, Fitted, Unit
 
 ROUNDINGS: dict[str, Rounding] = {
     "adaround": AdaRound(lr=0.05),
+    "discquant": Between(lr=0.02, rho=20.0),
     "flexround": FlexRound(lr=0.02),
     "lrq": Lrq(lr=0.02),
     "lsq-ptq": Places(lr=0.02),
