@@ -1,8 +1,9 @@
 """How much of what rounding loses training wins back: KL and perplexity by bits and method, at equal steps and tokens.
 
 Every model is trained against its full-precision original on the same windows, saved, loaded back and then measured.
-`closed` is the share of gptq's KL at the same bits that is gone. `peft-nf4` is QLoRA as PEFT does it on bitsandbytes'
-NF4, trained by the same loss; its adapter stays beside the codes, as qlora's does.
+`closed` is the share of gptq's KL at the same bits that is gone; gptq-refined is where lr-qat, l4q and lsq begin.
+`peft-nf4` is QLoRA as PEFT does it on bitsandbytes' NF4, trained by the same loss; its adapter stays beside the codes,
+as qlora's does. Rows of an earlier run with the same settings are kept; the table lies beside the JSON.
 
     python finetune.py MODEL CALIBRATION.npy TEST.npy --bits 3 2 --steps 40
 """
@@ -34,7 +35,9 @@ def main() -> None:
     parser.add_argument("model", help="folder of a causal language model")
     parser.add_argument("calibration", type=Path, help=".npy of token ids [n, S]")
     parser.add_argument("test", type=Path, help=".npy of token ids [n]")
-    parser.add_argument("--methods", nargs="*", default=["gptq", "lr-qat", "l4q", "lsq", "qlora", "qa-lora"])
+    parser.add_argument(
+        "--methods", nargs="*", default=["gptq", "gptq-refined", "lr-qat", "l4q", "lsq", "qlora", "qa-lora"]
+    )
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100)
@@ -42,32 +45,34 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="calibration rows")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8192, help="evaluation tokens")
+    parser.add_argument("--dtype", default="float32", help="of the model while it is quantized and trained")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "finetune.json")
     given = parser.parse_args()
     ids = torch.from_numpy(np.load(given.calibration)[: given.rows, : given.window].astype(np.int64))
     test = torch.from_numpy(np.load(given.test).astype(np.int64))
-    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as logits:
         original = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
         store(original, test, logits, window=given.window, tokens=given.tokens, progress=False)
         for bits in given.bits:
             for method in given.methods:
-                if method != PEER:
-                    rows.append(ours(given, method, bits, ids, test, logits))
-                elif bits == 4:
-                    rows.append(peer(given, original, ids, test, logits))
-                else:
+                if method == PEER and bits != 4:
                     continue
-                of_gptq = [r["kl"] for r in rows if r["method"] == "gptq" and r["bits"] == bits]
+                row = (
+                    peer(given, original, ids, test, logits)
+                    if method == PEER
+                    else ours(given, method, bits, ids, test, logits)
+                )
+                of_gptq = [r["kl"] for r in kept(given) if r["method"] == "gptq" and r["bits"] == bits]
                 if of_gptq and method != "gptq":
-                    rows[-1]["closed"] = round(1 - rows[-1]["kl"] / of_gptq[0], 3)
-                print(json.dumps(rows[-1]), flush=True)
+                    row["closed"] = round(1 - row["kl"] / of_gptq[0], 3)
+                rows = [r for r in kept(given) if (r["method"], r["bits"]) != (method, bits)] + [row]
+                print(json.dumps(row), flush=True)
                 write(given, rows)
 
 
 def ours(given: argparse.Namespace, method: str, bits: int, ids: torch.Tensor, test: torch.Tensor, at: str) -> dict:
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    trains = method != "gptq"
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))
+    trains = not method.startswith("gptq")
     extra = {"steps": given.steps, "batch_size": given.batch_size} if trains else {}
     config = hf_quant.QuantConfig(method, bits=bits, group_size=given.group_size, **extra)
     run = hf_quant.finetune if trains else hf_quant.quantize
@@ -127,14 +132,28 @@ def measured(given: argparse.Namespace, model: torch.nn.Module, at: str, test: t
     }
 
 
+def settings(given: argparse.Namespace) -> dict:
+    """What all rows of a file have in common."""
+    names = ("group_size", "steps", "batch_size", "rows", "window", "tokens", "dtype")
+    files = {"model": Path(given.model).name, "calibration": given.calibration.name, "test": given.test.name}
+    return files | {n: getattr(given, n) for n in names}
+
+
+def kept(given: argparse.Namespace) -> list[dict]:
+    """Rows of an earlier run with the same settings."""
+    result = json.loads(given.out.read_text()) if given.out.exists() else {}
+    return result["rows"] if result.get("settings") == settings(given) else []
+
+
 def write(given: argparse.Namespace, rows: list[dict]) -> None:
-    names = ("torch", "transformers", "peft", "bitsandbytes")
+    """The rows as JSON, and as a table beside it."""
+    rows.sort(key=lambda r: -r["bits"])
     result = {
-        "command": f"finetune.py {Path(given.model).name} {given.calibration.name} {given.test.name} --bits "
-        f"{' '.join(map(str, given.bits))} --methods {' '.join(given.methods)} --group-size {given.group_size} --steps "
-        f"{given.steps} --batch-size {given.batch_size} --rows {given.rows} --window {given.window} --tokens "
-        f"{given.tokens}",
-        "versions": {"hf-quant": hf_quant.__version__, **{n: version(n) for n in names}},
+        "settings": settings(given),
+        "versions": {
+            "hf-quant": hf_quant.__version__,
+            **{n: version(n) for n in ("torch", "transformers", "peft", "bitsandbytes")},
+        },
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -143,6 +162,23 @@ def write(given: argparse.Namespace, rows: list[dict]) -> None:
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
+    given.out.with_suffix(".md").write_text(table(result))
+
+
+def table(result: dict) -> str:
+    """Markdown."""
+    said = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in result["settings"].items())
+    lines = [f"Training against gptq: {said}.", ""]
+    lines += [
+        "| bits | method | true bits | KL | of gptq's gap closed | perplexity | top-1 % | seconds |",
+        "|---" * 8 + "|",
+    ]
+    for row in result["rows"]:
+        closed = f"{100 * row['closed']:.0f} %" if "closed" in row else "-"
+        size = "-" if row["true_bits"] is None else f"{row['true_bits']:.3f}"
+        figures = f"{row['kl']:.5f} | {closed} | {row['perplexity']:.3f} | {row['top1']:.2f} | {row['seconds']:.0f}"
+        lines.append(f"| {row['bits']} | {row['method']} | {size} | {figures} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,14 @@ from torch import Tensor, nn
 
 from hf_quant.errors import ConfigError
 from hf_quant.qtensor import QTensor
-from hf_quant.stages.fakequant import exactly
+from hf_quant.stages.fakequant import exactly, latent
+
+NEAR = 0.25  # how far from the solver's code a weight starts, in steps: of those at a threshold noise would flip many
+
+
+def near_codes(W_NK: Tensor, q: QTensor) -> Tensor:
+    """`latent`, well inside the cells."""
+    return latent(W_NK, q, NEAR)
 
 
 def scaled_gradient(x: Tensor, factor: float) -> Tensor:
@@ -14,9 +21,9 @@ def scaled_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 @torch.no_grad()
-def keep_positive(scale: Tensor, q: QTensor) -> None:
+def keep_positive(ratio: Tensor) -> None:
     """After a step: no step size falls below a tenth of the one it began with."""
-    scale.copy_(torch.maximum(scale, 0.1 * q.scale))
+    ratio.clamp_min_(0.1)
 
 
 def check_rank(rank: int) -> None:

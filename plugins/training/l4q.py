@@ -4,7 +4,9 @@
 
 Shapes: W_NK weight; A `[r, K]`, B `[N, r]`; s, z `[N, G]`.
 Differs from the paper: begins at a solver's codes; zero points are rounded to integers, as they are stored, with the
-straight-through gradient; distilled from the full-precision model; the gradient of the merged weight is not recomputed.
+straight-through gradient; BA is learned in units of the mean step and s relative to the solver's, so that learning
+rates mean the same for every model; distilled from the full-precision model; the gradient of the merged weight is not
+recomputed.
 """
 
 from dataclasses import dataclass
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
-from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive, scaled_gradient
+from hf_quant.plugins.rounding.gptq_refined import Refined
+from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive, near_codes
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
@@ -26,11 +28,10 @@ from hf_quant.stages.fakequant import (
     Learned,
     bounds,
     exactly,
-    latent,
     refuses_grid,
     stored,
 )
-from hf_quant.stages.objective import LayerMse
+from hf_quant.stages.objective import AsymmetricMse
 from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.trainer import Qat
 
@@ -42,22 +43,22 @@ class L4qFake(FakeQuant):
         super().__init__()
         self.q, self.how = q, how
         zero = 0 if q.zero is None else expand(q.zero, q.spec, q.shape)
-        self.register_buffer("frozen", (latent(W_NK, q) - zero) * expand(q.scale, q.spec, q.shape))
+        self.register_buffer("frozen", (near_codes(W_NK, q) - zero) * expand(q.scale, q.spec, q.shape))
         self.term = LowRankTerm(q.shape, how.rank, how.alpha, generator)
-        self.scale = nn.Parameter(q.scale.clone())
+        self.register_buffer("unit", q.scale.mean())
+        self.ratio = nn.Parameter(torch.ones_like(q.scale))  # to the solver's: one rate for models of any size
         self.zero = None if q.zero is None else nn.Parameter(q.zero.clone())
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Grid units before rounding; scale and zero as stored."""
         spec, (low, high) = self.q.spec, bounds(self.q.spec)
-        factor = (self.q.shape[0] * self.q.shape[1] / self.scale.numel() * max(1, high)) ** -0.5
-        scale = stored(scaled_gradient(self.scale, factor), spec)
-        weight = self.frozen + self.term()
+        scale = stored(self.ratio * self.q.scale, spec)
+        weight = self.frozen + self.unit * self.term()
         steps = weight / expand(scale, spec, self.q.shape)
         if self.zero is None:
             return steps, scale, None
         near = self.zero.detach().round().clamp(low, high)
-        zero = exactly(scaled_gradient(self.zero, factor), near)
+        zero = exactly(self.zero, near)
         return steps + expand(zero, spec, self.q.shape), scale, zero
 
     def forward(self, W_NK: Tensor) -> Tensor:
@@ -77,12 +78,12 @@ class L4qFake(FakeQuant):
 
     def learned(self) -> list[Learned]:
         """A, B, step sizes and zero points."""
-        rates: list[Learned] = [(self.term.A, self.how.lr), (self.term.B, self.how.lr), (self.scale, self.how.lr_scale)]
+        rates: list[Learned] = [(self.term.A, self.how.lr), (self.term.B, self.how.lr), (self.ratio, self.how.lr_scale)]
         return rates if self.zero is None else [*rates, (self.zero, self.how.lr_zero)]
 
     def after_step(self) -> None:
         """A step size stays positive."""
-        keep_positive(self.scale, self.q)
+        keep_positive(self.ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,9 @@ class L4q:
     """LoRA inside the rounding, learned scales and zero points."""
 
     rank: int = 16
-    alpha: float = 32.0
-    lr: float = 1e-3
-    lr_scale: float = 2e-5
+    alpha: float = 16.0
+    lr: float = 1e-2
+    lr_scale: float = 2e-2
     lr_zero: float = 2e-3
     estimator: Estimator = Clipped()
 
@@ -120,21 +121,25 @@ def l4q(
     rank: int = 16,
     steps: int = 200,
     batch_size: int = 8,
-    lr: float = 1e-3,
+    lr: float = 1e-2,
+    lr_scale: float = 2e-2,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,
     gradient_checkpointing: bool = False,
 ) -> Recipe:
-    """GPTQ, then training of LoRA, scales and zero points inside the rounding."""
+    """gptq-refined, then training of LoRA, scales and zero points inside the rounding.
+
+    `lr` is of LoRA in steps of the grid, `lr_scale` of step sizes relative to where they begin.
+    """
     return Recipe(
         weights=int_spec(bits, group_size),
         range=MseClip(steps=24, floor=0.5, power=2.0),
-        objective=LayerMse(),
-        solver=Gptq(),
+        objective=AsymmetricMse(),
+        solver=Refined(),
         sampler=TextSampler(samples, length),
         trainer=Qat(
-            L4q(rank, 2.0 * rank, lr),
+            L4q(rank, float(rank), lr, lr_scale),
             steps=steps,
             batch_size=batch_size,
             distill=distill,

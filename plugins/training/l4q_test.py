@@ -4,13 +4,15 @@ import pytest
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.plugins.training.lr_qat_test import SETTING, SHORT
+from hf_quant.plugins.training.lr_qat_test import SETTING, SHORT, from_nearest
+from hf_quant.recipe import Job
 from hf_quant.runtime.packed import refit
 
 
 def test_invariant_no_side_branch(judge, claims) -> None:
     model = judge.model()
-    hf_quant.quantize(model, QuantConfig("l4q", **SETTING, steps=2), data=judge.data(0)[:4], progress=False)
+    recipe = from_nearest("l4q", **SETTING, steps=2, batch_size=1)
+    recipe.quantize(model, Job(data=judge.data(0)[:2], progress=False))
     layers = [m for _, m in hf_quant.checkpoint.packed_modules(model)]
     claims.invariant("l4q", "end model is pure integers", all(m.lr_up is None for m in layers))
 

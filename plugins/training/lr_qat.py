@@ -5,8 +5,9 @@
 The low-rank term lies inside the rounding, in units of the grid: it moves codes, and nothing of it is left afterwards.
 
 Shapes: W_NK weight; A `[r, K]`, B `[N, r]`; s `[N, G]`.
-Differs from the paper: P begins inside the cell of the solver's code, so any solver can come before; it is kept in
-bfloat16 or float32 (the paper also has 8-bit fixed point); distilled from the full-precision model.
+Differs from the paper: P begins near the solver's code, so any solver can come before; it is kept in bfloat16 or
+float32 (the paper also has 8-bit fixed point); step sizes are learned relative to the solver's, so that a learning rate
+means the same for every model; distilled from the full-precision model.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
-from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive
+from hf_quant.plugins.rounding.gptq_refined import Refined
+from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive, near_codes
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
@@ -28,11 +29,10 @@ from hf_quant.stages.fakequant import (
     FakeQuant,
     Learned,
     bounds,
-    latent,
     refuses_grid,
     stored,
 )
-from hf_quant.stages.objective import LayerMse
+from hf_quant.stages.objective import AsymmetricMse
 from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.trainer import Qat
 
@@ -43,13 +43,13 @@ class LrQatFake(FakeQuant):
     def __init__(self, W_NK: Tensor, q: QTensor, how: "LrQat", generator: torch.Generator) -> None:
         super().__init__()
         self.q, self.how = q, how
-        start = latent(W_NK, q)
+        start = near_codes(W_NK, q)
         if how.frozen == "bfloat16":  # may leave the cell of a code above 127: half a step is then below its precision
             values = q.spec.grid.decode(q.codes)
             start = (start - values).to(torch.bfloat16)
         self.register_buffer("frozen", start)
         self.term = LowRankTerm(q.shape, how.rank, how.alpha, generator)
-        self.scale = nn.Parameter(q.scale.clone())
+        self.ratio = nn.Parameter(torch.ones_like(q.scale))  # to the solver's: one rate for models of any size
 
     def _steps(self) -> Tensor:
         """`P + (alpha / r) B A + z`, float32."""
@@ -64,21 +64,24 @@ class LrQatFake(FakeQuant):
         codes = self.how.estimator.round(self._steps(), *bounds(spec))
         if self.q.zero is not None:
             codes = codes - expand(self.q.zero, spec, self.q.shape)
-        return codes * expand(stored(self.scale, spec), spec, self.q.shape)
+        return codes * expand(self._scale(), spec, self.q.shape)
 
     def export(self, W_NK: Tensor) -> QTensor:
         """The codes of `forward`."""
         spec = self.q.spec
         codes = spec.grid.encode(self._steps().detach())
-        return QTensor(codes, stored(self.scale, spec).detach(), self.q.zero, spec, self.q.shape)
+        return QTensor(codes, self._scale().detach(), self.q.zero, spec, self.q.shape)
+
+    def _scale(self) -> Tensor:
+        return stored(self.ratio * self.q.scale, self.q.spec)
 
     def learned(self) -> list[Learned]:
         """A, B and step sizes."""
-        return [(self.term.A, self.how.lr), (self.term.B, self.how.lr), (self.scale, self.how.lr_scale)]
+        return [(self.term.A, self.how.lr), (self.term.B, self.how.lr), (self.ratio, self.how.lr_scale)]
 
     def after_step(self) -> None:
         """A step size stays positive."""
-        keep_positive(self.scale, self.q)
+        keep_positive(self.ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +90,8 @@ class LrQat:
 
     rank: int = 32
     alpha: float = 32.0
-    lr: float = 1e-3
-    lr_scale: float = 1e-5
+    lr: float = 1e-2
+    lr_scale: float = 2e-2
     frozen: Literal["float32", "bfloat16"] = "bfloat16"
     estimator: Estimator = Clipped()
 
@@ -108,7 +111,7 @@ class LrQat:
     "lr-qat",
     paper=Paper("2406.06385", "Low-Rank Quantization-Aware Training for LLMs"),
     domains={"llm"},
-    claim="KL below that of gptq, where it begins, at 3 bits; optimizer state a fraction of full training's",
+    claim="KL below that of gptq-refined, where it begins, at 2 bits; optimizer state a fraction of full training's",
 )
 def lr_qat(
     bits: int = 4,
@@ -116,21 +119,25 @@ def lr_qat(
     rank: int = 32,
     steps: int = 200,
     batch_size: int = 8,
-    lr: float = 1e-3,
+    lr: float = 1e-2,
+    lr_scale: float = 2e-2,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,
     gradient_checkpointing: bool = False,
 ) -> Recipe:
-    """GPTQ, then training of low-rank terms inside the rounding."""
+    """gptq-refined, then training of low-rank terms inside the rounding.
+
+    `lr` is of those terms in steps of the grid, `lr_scale` of step sizes relative to where they begin.
+    """
     return Recipe(
         weights=int_spec(bits, group_size),
         range=MseClip(steps=24, floor=0.5, power=2.0),
-        objective=LayerMse(),
-        solver=Gptq(),
+        objective=AsymmetricMse(),
+        solver=Refined(),
         sampler=TextSampler(samples, length),
         trainer=Qat(
-            LrQat(rank, float(rank), lr),
+            LrQat(rank, float(rank), lr, lr_scale),
             steps=steps,
             batch_size=batch_size,
             distill=distill,

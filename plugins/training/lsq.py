@@ -4,8 +4,9 @@
     1 / sqrt(values in a block * high)
 
 Shapes: W_NK weight; s `[N, G]`.
-Differs from the paper: begins at a solver's codes (`latent`) instead of `2 mean|W| / sqrt(high)`; zero points are kept;
-a learning rate of its own for the step sizes; distilled from the full-precision model; no activations are rounded.
+Differs from the paper: begins at a solver's codes instead of `2 mean|W| / sqrt(high)`; zero points are kept; weights
+are learned in units of the solver's step and step sizes relative to it, each with a learning rate of its own; distilled
+from the full-precision model; no activations are rounded.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
-from hf_quant.plugins.training.fake_core import keep_positive, scaled_gradient
+from hf_quant.plugins.rounding.gptq_refined import Refined
+from hf_quant.plugins.training.fake_core import keep_positive, near_codes, scaled_gradient
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
@@ -25,11 +27,11 @@ from hf_quant.stages.fakequant import (
     FakeQuant,
     Learned,
     bounds,
-    latent,
     refuses_grid,
     stored,
     values_of,
 )
+from hf_quant.stages.objective import AsymmetricMse
 from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.trainer import Qat
 
@@ -40,43 +42,44 @@ class LsqFake(FakeQuant):
     def __init__(self, W_NK: Tensor, q: QTensor, how: "Lsq") -> None:
         super().__init__()
         self.q, self.how = q, how
-        self.weight = nn.Parameter(values_of(latent(W_NK, q), q.scale, q))
-        self.scale = nn.Parameter(q.scale.clone())
+        zero = 0 if q.zero is None else expand(q.zero, q.spec, q.shape)
+        self.weight = nn.Parameter(near_codes(W_NK, q) - zero)  # in steps of the solver's
+        self.ratio = nn.Parameter(torch.ones_like(q.scale))  # of step sizes, to the solver's
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Grid units before rounding, and step sizes as they are stored."""
+        spec, (_, high) = self.q.spec, bounds(self.q.spec)
+        count = self.weight.numel() / self.ratio.numel()
+        scale = stored(scaled_gradient(self.ratio, (count * max(1, high)) ** -0.5) * self.q.scale, spec)
+        steps = self.weight * expand(self.q.scale / scale, spec, self.q.shape)
+        return steps if self.q.zero is None else steps + expand(self.q.zero, spec, self.q.shape), scale
 
     def forward(self, W_NK: Tensor) -> Tensor:
         """See the module; the argument is the weight as it was."""
-        spec, (low, high) = self.q.spec, bounds(self.q.spec)
-        count = self.weight.numel() / self.scale.numel()
-        scale = stored(scaled_gradient(self.scale, (count * max(1, high)) ** -0.5), spec)
-        steps = self.weight / expand(scale, spec, self.q.shape)
-        if self.q.zero is not None:
-            steps = steps + expand(self.q.zero, spec, self.q.shape)
-        return values_of(self.how.estimator.round(steps, low, high), scale, self.q)
+        steps, scale = self._parts()
+        return values_of(self.how.estimator.round(steps, *bounds(self.q.spec)), scale, self.q)
 
+    @torch.no_grad()
     def export(self, W_NK: Tensor) -> QTensor:
         """The codes of `forward`."""
-        spec = self.q.spec
-        scale = stored(self.scale, spec).detach()
-        steps = self.weight.detach() / expand(scale, spec, self.q.shape)
-        if self.q.zero is not None:
-            steps = steps + expand(self.q.zero, spec, self.q.shape)
-        return QTensor(spec.grid.encode(steps), scale, self.q.zero, spec, self.q.shape)
+        steps, scale = self._parts()
+        return QTensor(self.q.spec.grid.encode(steps), scale, self.q.zero, self.q.spec, self.q.shape)
 
     def learned(self) -> list[Learned]:
         """Weights and step sizes."""
-        return [(self.weight, self.how.lr), (self.scale, self.how.lr_scale)]
+        return [(self.weight, self.how.lr), (self.ratio, self.how.lr_scale)]
 
     def after_step(self) -> None:
         """A step size stays positive."""
-        keep_positive(self.scale, self.q)
+        keep_positive(self.ratio)
 
 
 @dataclass(frozen=True, slots=True)
 class Lsq:
     """Learned weights and step sizes."""
 
-    lr: float = 2e-4
-    lr_scale: float = 2e-4
+    lr: float = 2e-3
+    lr_scale: float = 2e-2
     estimator: Estimator = Clipped()
 
     def refuses(self, spec: Spec) -> str | None:
@@ -99,19 +102,25 @@ def lsq(
     group_size: int = 128,
     steps: int = 200,
     batch_size: int = 8,
-    lr: float = 2e-4,
+    lr: float = 2e-3,
+    lr_scale: float = 2e-2,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,
     gradient_checkpointing: bool = False,
 ) -> Recipe:
-    """Ranges by least squares, then training of everything."""
+    """gptq-refined, then training of everything.
+
+    `lr` is of weights in steps of the grid, `lr_scale` of step sizes relative to where they begin.
+    """
     return Recipe(
         weights=int_spec(bits, group_size),
         range=MseClip(steps=24, floor=0.5, power=2.0),
+        objective=AsymmetricMse(),
+        solver=Refined(),
         sampler=TextSampler(samples, length),
         trainer=Qat(
-            Lsq(lr=lr),
+            Lsq(lr, lr_scale),
             steps=steps,
             batch_size=batch_size,
             distill=distill,
