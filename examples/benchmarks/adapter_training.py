@@ -141,14 +141,13 @@ def trained(given: argparse.Namespace, method: str, folder: str, before: float) 
     from dataclasses import replace
 
     from hf_quant.recipe import Job
-    from hf_quant.stages.objective import LayerMse
+    from hf_quant.stages.range import AbsMaxRange
     from hf_quant.stages.solver import Nearest
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     recipe = hf_quant.QuantConfig(method, bits=4, group_size=given.group_size, steps=2, batch_size=1).quantizer()
-    plain = {"objective": None, "solver": Nearest()} if isinstance(recipe.objective, LayerMse) else {}
     ids = torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
-    report = replace(recipe, **plain).quantize(model, Job(data=ids, progress=False))
+    report = replace(recipe, range=AbsMaxRange(), objective=None, solver=Nearest()).quantize(model, Job(data=ids, progress=False))
     training = {n: report.training[n] for n in ("trained", "optimizer_bytes")}
     return {"peak": peak() - before, **training}
 

@@ -92,8 +92,8 @@ class L4q:
 
     rank: int = 16
     alpha: float = 16.0
-    lr: float = 1e-2
-    lr_scale: float = 2e-2
+    lr: float = 5e-3
+    lr_scale: float = 1e-2
     lr_zero: float = 2e-3
     estimator: Estimator = Clipped()
 
@@ -121,8 +121,8 @@ def l4q(
     rank: int = 16,
     steps: int = 200,
     batch_size: int = 8,
-    lr: float = 1e-2,
-    lr_scale: float = 2e-2,
+    lr: float = 5e-3,
+    lr_scale: float = 1e-2,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,

@@ -79,7 +79,7 @@ class Lsq:
     """Learned weights and step sizes."""
 
     lr: float = 2e-3
-    lr_scale: float = 2e-2
+    lr_scale: float = 1e-2
     estimator: Estimator = Clipped()
 
     def refuses(self, spec: Spec) -> str | None:
@@ -103,7 +103,7 @@ def lsq(
     steps: int = 200,
     batch_size: int = 8,
     lr: float = 2e-3,
-    lr_scale: float = 2e-2,
+    lr_scale: float = 1e-2,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,
