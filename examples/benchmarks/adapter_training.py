@@ -147,7 +147,9 @@ def trained(given: argparse.Namespace, method: str, folder: str, before: float) 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     recipe = hf_quant.QuantConfig(method, bits=4, group_size=given.group_size, steps=2, batch_size=1).quantizer()
     ids = torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
-    report = replace(recipe, range=AbsMaxRange(), objective=None, solver=Nearest()).quantize(model, Job(data=ids, progress=False))
+    report = replace(recipe, range=AbsMaxRange(), objective=None, solver=Nearest()).quantize(
+        model, Job(data=ids, progress=False)
+    )
     training = {n: report.training[n] for n in ("trained", "optimizer_bytes")}
     return {"peak": peak() - before, **training}
 
