@@ -286,6 +286,32 @@ def test_kernel_equals_reference(format_id: str, name: str) -> None:
     run()
 
 
+@pytest.mark.parametrize(("format_id", "name"), [c for c in CPU_KERNELS if c[1] in format_named(c[0]).replaces])
+def test_a_layout_gives_back_what_it_replaces(format_id: str, name: str) -> None:
+    """`restore` is the inverse of `prepare`, to the bit and in place of the tensors; the kernel runs without them."""
+    fmt = format_named(format_id)
+    assert fmt.restore([], held(format_id)[0], "reference") == {}
+
+    @sampled
+    @given(st.sampled_from(supported(format_id, name)), st.integers(0, 9))
+    def run(case: tuple[Layer, torch.dtype], seed: int) -> None:
+        layer, dtype = case
+        q, x_TK = make(layer, seed)
+        tensors = tensors_of(fmt, layer, q, x_TK)
+        blob = kernel_named(format_id, name).prepare(tensors, layer, dtype)
+        found = fmt.restore(blob, layer, name)
+        assert set(found) == set(fmt.replaces[name]) >= {"qweight"}
+        for key, tensor in found.items():
+            assert tensor.is_contiguous()
+            assert (tensor.shape, tensor.dtype) == (tensors[key].shape, tensors[key].dtype)
+            assert torch.equal(tensor.view(torch.uint8), tensors[key].view(torch.uint8))
+        kept = {n: t for n, t in tensors.items() if n not in found}
+        x_TK = x_TK.to(dtype)
+        assert torch.equal(fmt.linear(x_TK, kept, blob, layer, name), fmt.linear(x_TK, tensors, blob, layer, name))
+
+    run()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("format_id", "name"), KERNELS)
 def test_kernel_equals_reference_on_gpu(format_id: str, name: str) -> None:
@@ -305,11 +331,14 @@ def test_operator(format_id: str, name: str) -> None:
     tensors = tensors_of(fmt, layer, q, x_TK)
     blob = next((k.prepare(tensors, layer, dtype) for k in fmt.kernels if k.name == name), [])
     x_TK = x_TK.to(dtype).requires_grad_()
-    operands = [tensors[n] for n in sorted(tensors)]
+    operands = [tensors[n] for n in sorted(tensors) if n not in fmt.replaces.get(name, ())]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if any(t.is_floating_point() and t.element_size() == 1 for t in operands):
         checks.remove("test_schema")  # it compares operands before and after, which torch cannot do in 8-bit floats
     torch.library.opcheck(fmt.op, (x_TK, operands, blob, layer.key, name), test_utils=checks)
+    if name in fmt.replaces:
+        restore = getattr(torch.ops.hf_quant, format_id.replace("-", "_").replace("/", "_") + "_restore")
+        torch.library.opcheck(restore.default, (blob, layer.key, name))
 
     def f(x: Tensor) -> Tensor:
         return F.relu(fmt.linear(x, tensors, blob, layer, name) * 2)

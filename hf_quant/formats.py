@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from itertools import chain
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,18 @@ class Kernel(Protocol):
         """`x_TK` [T, K] -> [T, N] in x's dtype, without bias. May choose by T; T can be 0."""
 
 
+@runtime_checkable
+class Restoring(Kernel, Protocol):
+    """A kernel whose blob is canonical tensors in another order: they need not be kept, `run` goes without them."""
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """Names of these tensors."""
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """These tensors again, to the bit: the inverse of `prepare`."""
+
+
 class PackedFormat(ABC):
     """A promise: the same id and the same bytes mean the same weights for ever. Other bytes need a new id.
 
@@ -94,7 +106,8 @@ class PackedFormat(ABC):
         """
         if self.id in _IDS:
             raise ConfigError(f"format {self.id!r} exists already; {type(self).__name__} needs an id of its own")
-        self.op = _register(self)
+        self.replaces = {k.name: k.replaces for k in self.kernels if isinstance(k, Restoring)}
+        self.op, self._restore = _register(self)
         _IDS.add(self.id)
 
     @abstractmethod
@@ -121,9 +134,18 @@ class PackedFormat(ABC):
         return self.weight_layout(layer) | input_layout(layer.inputs, layer.shape[1])
 
     def linear(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, kernel: str) -> Tensor:
-        """`y_TN = q(x) W^T` by the kernel named, or by the "reference". `tensors` holds exactly the layout's names."""
-        result: Tensor = self.op(x_TK, [tensors[n] for n in sorted(tensors)], blob, layer.key, kernel)
+        """`y_TN = q(x) W^T` by the kernel named, or by the "reference".
+
+        `tensors` holds the layout's names; those that the kernel replaces may be missing, it does not get them.
+        """
+        gone = self.replaces.get(kernel, ())
+        result: Tensor = self.op(x_TK, [tensors[n] for n in sorted(tensors) if n not in gone], blob, layer.key, kernel)
         return result
+
+    def restore(self, blob: list[Tensor], layer: Layer, kernel: str) -> dict[str, Tensor]:
+        """The canonical tensors that the kernel's blob replaces, to the bit."""
+        gone = sorted(self.replaces.get(kernel, ()))
+        return dict(zip(gone, self._restore(blob, layer.key, kernel), strict=True)) if gone else {}
 
     def weight(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> Tensor:
         """`W_NK`: `unpack(...).dequantize(dtype)`, and a format that overrides it for speed gives the same bits."""
@@ -159,30 +181,51 @@ class PackedFormat(ABC):
 _IDS: set[str] = set()
 
 
-def _register(fmt: PackedFormat) -> Callable[..., Tensor]:
-    """The operators of a format: `hf_quant::<id>` and, for the gradient to x, `hf_quant::<id>_weight`."""
+def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]:
+    """The operators of a format: `hf_quant::<id>` with its gradient to x, and `hf_quant::<id>_restore`."""
     name = "hf_quant::" + fmt.id.replace("-", "_").replace("/", "_")
     kernels = {kernel.name: kernel for kernel in fmt.kernels}
 
     @cache
-    def names(key: str) -> list[str]:
-        return sorted(fmt.layout(Layer.from_key(key)))
+    def names(key: str, kernel: str) -> list[str]:
+        gone = fmt.replaces.get(kernel, ())
+        return [name for name in sorted(fmt.layout(Layer.from_key(key))) if name not in gone]
 
     def linear(x: Tensor, tensors: list[Tensor], blob: list[Tensor], layer: str, kernel: str) -> Tensor:
-        named = dict(zip(names(layer), tensors, strict=True))
+        named = dict(zip(names(layer, kernel), tensors, strict=True))
         if kernel == "reference":
             return fmt.reference(x, named, Layer.from_key(layer))
         return kernels[kernel].run(x, named, blob, Layer.from_key(layer))
 
-    def weight(tensors: list[Tensor], layer: str, dtype: torch.dtype) -> Tensor:
-        named = dict(zip(names(layer), tensors, strict=True))
-        return fmt.weight(named, Layer.from_key(layer), dtype)
+    def restore(blob: list[Tensor], layer: str, kernel: str) -> list[Tensor]:
+        chosen, whole = kernels[kernel], Layer.from_key(layer)
+        found: Tensors = chosen.restore(blob, whole) if isinstance(chosen, Restoring) else {}
+        return [found[name] for name in sorted(found)]
 
+    def empty(blob: list[Tensor], layer: str, kernel: str) -> list[Tensor]:
+        layout = fmt.layout(Layer.from_key(layer))
+        of = [layout[name] for name in sorted(fmt.replaces.get(kernel, ()))]
+        return [blob[0].new_empty(shape, dtype=dtype) for shape, dtype in of]
+
+    def weight(tensors: list[Tensor], blob: list[Tensor], layer: str, kernel: str, dtype: torch.dtype) -> Tensor:
+        whole = Layer.from_key(layer)
+        named = dict(zip(names(layer, kernel), tensors, strict=True)) | fmt.restore(blob, whole, kernel)
+        return fmt.weight(named, whole, dtype)
+
+    restore_op = torch.library.custom_op(
+        name + "_restore", restore, mutates_args=(), schema="(Tensor[] blob, str layer, str kernel) -> Tensor[]"
+    )
+    restore_op.register_fake(empty)
     weight_op = torch.library.custom_op(
-        name + "_weight", weight, mutates_args=(), schema="(Tensor[] tensors, str layer, ScalarType dtype) -> Tensor"
+        name + "_weight",
+        weight,
+        mutates_args=(),
+        schema="(Tensor[] tensors, Tensor[] blob, str layer, str kernel, ScalarType dtype) -> Tensor",
     )
     weight_op.register_fake(
-        lambda tensors, layer, dtype: tensors[0].new_empty(Layer.from_key(layer).shape, dtype=dtype)
+        lambda tensors, blob, layer, kernel, dtype: (tensors or blob)[0].new_empty(
+            Layer.from_key(layer).shape, dtype=dtype
+        )
     )
 
     op = torch.library.custom_op(
@@ -194,16 +237,18 @@ def _register(fmt: PackedFormat) -> Callable[..., Tensor]:
     op.register_fake(lambda x, tensors, blob, layer, kernel: x.new_empty(x.shape[0], Layer.from_key(layer).shape[0]))
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401  torch's own signature
-        ctx.save_for_backward(*inputs[1])
-        ctx.layer, ctx.blob = inputs[3], len(inputs[2])
+        _, tensors, blob, ctx.layer, ctx.kernel = inputs
+        ctx.save_for_backward(*tensors, *blob)
+        ctx.tensors = len(tensors)
 
     def gradient(ctx: Any, grad_TN: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-        tensors = list(ctx.saved_tensors)
-        grad_TK = grad_TN @ weight_op(tensors, ctx.layer, grad_TN.dtype)
-        return grad_TK, [None] * len(tensors), [None] * ctx.blob, None, None
+        saved = list(ctx.saved_tensors)
+        tensors, blob = saved[: ctx.tensors], saved[ctx.tensors :]
+        grad_TK = grad_TN @ weight_op(tensors, blob, ctx.layer, ctx.kernel, grad_TN.dtype)
+        return grad_TK, [None] * len(tensors), [None] * len(blob), None, None
 
     op.register_autograd(gradient, setup_context=save)
-    return op
+    return op, restore_op
 
 
 @cache

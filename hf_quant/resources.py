@@ -1,6 +1,7 @@
 """What a run used: memory, versions of the libraries that took part."""
 
 import ctypes
+import mmap
 import platform
 import resource
 import sys
@@ -11,8 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 LIBRARIES = ("hf-quant", "torch", "transformers", "diffusers", "accelerate", "safetensors", "triton", "bitsandbytes")
+
+
+MADV_PAGEOUT = 21  # linux/mman.h
 
 
 def peak_bytes() -> int:
@@ -39,6 +44,20 @@ def release_freed() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+def release_mapped(tensor: Tensor) -> None:
+    """Let the system drop the pages under a tensor that nobody will read soon: of a checkpoint's mapped file.
+
+    Other tensors of the file keep all of it mapped. No value changes: what is read again comes from the file. Does
+    nothing on other systems than Linux, and for files of other users.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.untyped_storage().nbytes() <= tensor.nbytes:
+        return  # what has its own storage is freed with it
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_PAGEOUT)
 
 
 def versions() -> dict[str, str]:

@@ -296,6 +296,7 @@ def _extreme(delta: Tensor, q: QTensor, sign: int) -> Tensor:
 
 
 def _write(base: QuantLinear, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
+    base.prepare()  # canonical tensors are kept again
     for name, tensor in tensors.items():
         parameter = getattr(base, name)
         parameter.copy_(tensor.to(parameter.device))

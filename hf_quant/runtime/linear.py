@@ -265,27 +265,35 @@ class QuantLinear(Packed, nn.Linear):
         if device.type == "meta":
             return
         self._settle()
-        self.kernel, self.refused = choose_kernel(self.format, self._product()[0], device, self.compute_dtype)
+        self.kernel, self.refused = choose_kernel(self.format, self._product(), device, self.compute_dtype)
         if self.kernel != "reference":
             self._blob = None
             expect(self)
         self._ready = (device, self.compute_dtype)
 
-    @torch.no_grad()
     def lay_out(self) -> None:
-        """Make what the chosen kernel needs of the canonical tensors: at the first forward, or before a compilation."""
-        if self._blob is None and self._ready is not None:
-            layer, tensors = self._product()
-            chosen = next(k for k in self.format.kernels if k.name == self.kernel)
-            self._blob = chosen.prepare(tensors, layer, self.compute_dtype)
+        """Make what the chosen kernel needs of the canonical tensors: at the first forward, or before a compilation.
 
-    def _product(self) -> tuple[Layer, dict[str, Tensor]]:
-        """The layer and tensors as operator and kernel see them: without inputs that are rounded before."""
-        layer, tensors = self.local_layer(), self.packed_tensors()
+        What the layout holds is not kept beside it (`Restoring`), so a layer has its codes once.
+        """
+        if self._blob is None and self._ready is not None:
+            layer = self._product()
+            chosen = next(k for k in self.format.kernels if k.name == self.kernel)
+            with torch.inference_mode(False), torch.no_grad():  # what lasts must be usable in training
+                self._blob = chosen.prepare(self._operands(), layer, self.compute_dtype)
+                self._let_go(layer)
+
+    def _product(self) -> Layer:
+        """The layer as operator and kernel see it: without inputs that are rounded before."""
+        layer = self.local_layer()
         if not timed(layer.inputs):
-            return layer, tensors
-        plain = self._rounded_before if layer is self.layer else replace(layer, inputs=None)
-        return plain, {n: t for n, t in tensors.items() if not n.startswith("input_")}
+            return layer
+        return self._rounded_before if layer is self.layer else replace(layer, inputs=None)
+
+    def _operands(self, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """The canonical tensors of `_product`."""
+        tensors = self.packed_tensors(without)
+        return {n: t for n, t in tensors.items() if not n.startswith("input_")} if timed(self.layer.inputs) else tensors
 
     @property
     def sparse(self) -> Sparse | None:
@@ -371,18 +379,19 @@ class QuantLinear(Packed, nn.Linear):
         if self.pre_scale is not None:
             x = x * self.pre_scale.to(x.dtype)
         x = self._rotate(x)
-        layer, tensors = self._product()
         ready = self._ready == (x.device, x.dtype)  # not after an offload hook or an upcast: then the reference runs
         if self._blob is None and not torch.compiler.is_compiling():
             self.lay_out()
-        blob = self._blob if ready else None
+        blob, kernel = (self._blob, self.kernel) if ready and self._blob is not None else ([], "reference")
         z = x if self.shift is None else x + self.shift.to(x.dtype)
         z_TK = z.reshape(-1, x.shape[-1])
         if (inputs := self.layer.inputs) is not None and timed(inputs):
             if self.clock is None:
                 raise ConfigError("a layer with input ranges by timestep has no clock to read")
-            z_TK = round_by_entry(z_TK, inputs, self.packed_tensors(), self.clock.by_token(len(z_TK), z.device))
-        y = self.format.linear(z_TK, tensors, blob or [], layer, "reference" if blob is None else self.kernel)
+            ranges = {name: local(getattr(self, name)) for name in self._names if name.startswith("input_")}
+            z_TK = round_by_entry(z_TK, inputs, ranges, self.clock.by_token(len(z_TK), z.device))
+        tensors = self._operands(without=self.format.replaces.get(kernel, ()))
+        y = self.format.linear(z_TK, tensors, blob, self._product(), kernel)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         if (low := self.low_rank(x.dtype)) is not None:
             y = y + F.linear(F.linear(x, low[0]), low[1])

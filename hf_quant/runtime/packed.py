@@ -16,6 +16,8 @@ from hf_quant.errors import UnsupportedSpec
 from hf_quant.formats import Layer, PackedFormat, format_named
 from hf_quant.grids import CodebookGrid
 from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest, with_outer, without_outer
+from hf_quant.resources import release_mapped
+from hf_quant.runtime.laid_out import LaidOut, hold, is_shared
 from hf_quant.runtime.weight_view import WeightView
 from hf_quant.spec import Spec
 
@@ -28,6 +30,7 @@ class Packed(nn.Module, ABC):
     No cast (`.half()`, `.to(dtype)`) changes the value of a weight: it changes `compute_dtype`, and scales follow only
     where the new type holds every one of them exactly (so that `model.dtype`, the first floating Parameter's, is
     right). They are saved in the type of the layout. Whoever writes into packed tensors in place calls `prepare()`.
+    Once a kernel's layout is made, the tensors that it replaces are not kept beside it: the Parameters are `LaidOut`.
 
     Attributes:
         format: the packed format.
@@ -75,9 +78,10 @@ class Packed(nn.Module, ABC):
         if not (isinstance(value, WeightView) and value.owner is self):
             self.requantize_(value)
 
-    def packed_tensors(self) -> dict[str, Tensor]:
-        """Name -> canonical tensor (local shards under tensor parallelism)."""
-        return {name: local(getattr(self, name)) for name in self._names}
+    def packed_tensors(self, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Name -> canonical tensor (local shards under tensor parallelism); those that were laid out are restored."""
+        found = {name: local(getattr(self, name)) for name in self._names if name not in without}
+        return {name: t.restored() if isinstance(t, LaidOut) else t for name, t in found.items()}
 
     def qtensor(self) -> QTensor:
         """The codes, scales and zero points."""
@@ -102,6 +106,7 @@ class Packed(nn.Module, ABC):
                 "dequantize the model first"
             )
         _tell_of_writing()
+        self._take_back()
         packed = self.format.pack(refit(self._without_extras(W_NK.detach()), self.layer.weights))
         for name, tensor in packed.items():
             parameter = getattr(self, name)
@@ -122,7 +127,29 @@ class Packed(nn.Module, ABC):
         return self._ready is not None
 
     def _unprepare(self) -> None:
+        self._take_back()
         self.kernel, self.refused, self._blob, self._ready = "reference", {}, [], None
+
+    @torch.no_grad()
+    def _let_go(self, layer: Layer) -> None:
+        """Keep no tensor that the layout holds as well: not where others share it, or a hook moves it."""
+        assert self._blob is not None  # noqa: S101  it was made just now
+        found = self.format.restore(self._blob, layer, self.kernel)
+        kept = {name: self._parameters.get(name) for name in found}
+        if hasattr(self, "_hf_hook") or any(t is None or hasattr(t, "to_local") or is_shared(t) for t in kept.values()):
+            return
+        if all(torch.equal(tensor, getattr(self, name)) for name, tensor in found.items()):
+            for name in found:
+                canonical = getattr(self, name)
+                self._parameters[name] = frozen(LaidOut.of(self, name, self._blob, layer))
+                release_mapped(canonical)
+
+    def _take_back(self) -> None:
+        """Keep the canonical tensors again."""
+        with torch.inference_mode(False), torch.no_grad():  # what lasts must be usable in training
+            for name, tensor in self._parameters.items():
+                if isinstance(tensor, LaidOut):
+                    self._parameters[name] = frozen(tensor.restored())
 
     @abstractmethod
     def prepare(self) -> None:
@@ -131,6 +158,7 @@ class Packed(nn.Module, ABC):
     @torch.no_grad()
     def _settle(self) -> None:
         """Floating tensors into the compute dtype where that changes no value (see the class)."""
+        hold(self, self.packed_parameters())
         for parameter in self.packed_parameters():
             wide = parameter.is_floating_point() and parameter.element_size() > 1  # 8-bit floats are codes: they stay
             if wide and not hasattr(parameter, "to_local"):
@@ -147,6 +175,7 @@ class Packed(nn.Module, ABC):
         return replace(self.layer, shape=(n * qweight.shape[0] // rows, k * qweight.shape[1] // columns))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+        self._take_back()
         packed = {id(p) for p in self.packed_parameters()}
         if self.qweight.device.type != "meta":
             dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)).dtype
@@ -176,6 +205,9 @@ class Packed(nn.Module, ABC):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self._parameters.items():
+            if isinstance(tensor, LaidOut):
+                destination[prefix + name] = tensor.restored()
         if not keep_vars:  # PEFT upcasts scales to float32 in memory; what is saved has the type of the layout
             for name, (_, dtype) in self.format.layout(self.layer).items():
                 destination[prefix + name] = destination[prefix + name].to(dtype)
@@ -183,12 +215,17 @@ class Packed(nn.Module, ABC):
             destination[prefix + "weight"] = self.weight
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        self._take_back()
         super()._load_from_state_dict(*args, **kwargs)
         self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the blob, which belongs to this process; and with the format by its id."""
-        state = {**self.__dict__, "format": self.format.id}
+        parameters = dict(self._parameters)
+        for name, tensor in self._parameters.items():
+            if isinstance(tensor, LaidOut):
+                parameters[name] = frozen(tensor.restored())
+        state = {**self.__dict__, "format": self.format.id, "_parameters": parameters}
         for name in ("kernel", "refused", "_blob", "_ready"):
             state.pop(name)
         return state

@@ -70,10 +70,10 @@ class WeightView(torch.Tensor):
             return dense[id(view)]
 
         result = func(*tree_map_only(cls, open_view, args), **tree_map_only(cls, open_view, kwargs))
-        written = [view for view in _written(func, args, kwargs) if isinstance(view, cls)]
-        for view in written:
+        targets = [view for view in written(func, args, kwargs) if isinstance(view, cls)]
+        for view in targets:
             view.owner.requantize_(dense[id(view)])
-        return written[0] if written else result
+        return targets[0] if targets else result
 
     @property
     def data(self) -> "WeightView":
@@ -103,7 +103,7 @@ class WeightView(torch.Tensor):
         return f"WeightView({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:  # noqa: ANN401
+def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:  # noqa: ANN401
     """The arguments that the operator's schema marks as written to."""
     found = []
     for position, argument in enumerate(func._schema.arguments):

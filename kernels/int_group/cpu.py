@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import IntGrid
-from hf_quant.kernels.int_group.bitstream import unpack_bits
-from hf_quant.kernels.int_group.reference import dequantize, zero_codes
+from hf_quant.kernels.int_group import int4pack
+from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
+from hf_quant.kernels.int_group.reference import SLICE, zero_codes
 from hf_quant.runtime.activation import fake_quantize
 
 # Up to these token counts torch's native products are faster than dequantizing once and multiplying: README.md has the
@@ -29,6 +30,7 @@ class Int4Cpu:
     """
 
     name: ClassVar[str] = "torch-int4-cpu"
+    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
 
     def supports(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
         """See `Kernel.supports`."""
@@ -45,23 +47,37 @@ class Int4Cpu:
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """[packed codes, (scale, shift) `[K/g, N, 2]`]."""
-        (N, K), group, grid = layer.shape, _native_group(layer), layer.weights.grid
-        assert isinstance(grid, IntGrid) and group is not None  # noqa: S101, PT018  `supports` has checked it
-        middle = 1 << (grid.bits - 1)
-        codes = unpack_bits(tensors["qweight"], grid.bits, K).int() + (8 - middle)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-        scale, zero = tensors["scale"].float(), zero_codes(tensors, layer)
-        shift = scale * (middle - (-grid.low if zero is None else zero.float()))
-        columns = torch.arange(0, K, group, device=scale.device) // _group(layer)
-        pair = torch.stack((scale, shift), -1)[:, columns].expand(N, -1, -1)
-        return [packed, pair.transpose(0, 1).to(dtype).contiguous()]
+        N, K = layer.shape
+        codes = unpack_bits(tensors["qweight"], int(layer.weights.grid.bits), K)
+        packed = int4pack.pack(codes + _raised(layer))
+        scale = tensors["scale"].float()
+        shift = scale * (8 - _zero(tensors, layer))
+        return [packed, _by_group(torch.stack((scale, shift), -1), layer, N).to(dtype).contiguous()]
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        bits, N = int(layer.weights.grid.bits), layer.shape[0]
+        parts = [(int4pack.columns(blob[0][rows]) - _raised(layer)).T for rows in _slices(layer)]
+        return {"qweight": torch.cat([pack_bits(codes_NK, bits) for codes_NK in parts]) if N else blob[0].int()}
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
         x_TK = fake_quantize(x_TK, layer.inputs, tensors).contiguous()
-        if not 1 <= x_TK.shape[0] <= INT4_TOKENS:
-            return F.linear(x_TK, dequantize(tensors, layer, x_TK.dtype))
-        y_TN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, blob[0], _native_group(layer), blob[1])
+        if 1 <= x_TK.shape[0] <= INT4_TOKENS:
+            y_TN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, blob[0], _native_group(layer), blob[1])
+            return y_TN
+        return self._dequantized(x_TK, tensors, blob[0], layer)
+
+    def _dequantized(self, x_TK: Tensor, tensors: Tensors, packed: Tensor, layer: Layer) -> Tensor:
+        """`x W^T`, rows of W dequantized as they are needed: the same bits as the reference's, without its matrix."""
+        (N, K), group = layer.shape, _native_group(layer) or 1
+        y_TN = x_TK.new_empty(x_TK.shape[0], N)
+        scale_GN = _by_group(tensors["scale"].float(), layer, N)
+        zero_GN = _by_group(_zero(tensors, layer).expand_as(tensors["scale"]), layer, N)
+        for rows in _slices(layer):
+            W_GgN = int4pack.columns(packed[rows]).view(K // group, group, -1).float()
+            W_GgN.sub_(zero_GN[:, None, rows]).mul_(scale_GN[:, None, rows])
+            y_TN[:, rows] = x_TK @ W_GgN.view(K, -1).to(x_TK.dtype)
         return y_TN
 
 
@@ -70,6 +86,7 @@ class Int8Cpu:
     """`aten._weight_int8pack_mm`: symmetric 8-bit weights with one scale a row, in bfloat16."""
 
     name: ClassVar[str] = "torch-int8-cpu"
+    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
 
     def supports(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
         """See `Kernel.supports`."""
@@ -89,6 +106,10 @@ class Int8Cpu:
         codes = unpack_bits(tensors["qweight"], 8, layer.shape[1])
         scale = tensors["scale"].to(dtype).expand(layer.shape[0], 1).reshape(-1)
         return [(codes ^ 0x80).view(torch.int8).contiguous(), scale.contiguous()]
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        return {"qweight": pack_bits(blob[0].view(torch.uint8) ^ 0x80, 8)}
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
@@ -115,3 +136,28 @@ def _native_group(layer: Layer) -> int | None:
     """The widest group the 4-bit product knows that divides ours and the row, so that a scale never changes inside."""
     common = gcd(_group(layer), layer.shape[1])
     return next((size for size in (256, 128, 64, 32) if common % size == 0), None)
+
+
+def _raised(layer: Layer) -> int:
+    """What is added to a narrower code to make it one of 4 bits, in the middle of their range."""
+    return 8 - (1 << (int(layer.weights.grid.bits) - 1))
+
+
+def _zero(tensors: Tensors, layer: Layer) -> Tensor:
+    """The zero points of the raised codes, float32 `[nb, G]` or `[1, 1]`."""
+    grid, zero = layer.weights.grid, zero_codes(tensors, layer)
+    assert isinstance(grid, IntGrid)  # noqa: S101  `supports` has checked it
+    return (torch.full((1, 1), -grid.low) if zero is None else zero).float() + _raised(layer)
+
+
+def _by_group(blocks: Tensor, layer: Layer, N: int) -> Tensor:
+    """What the format has by block `[nb, G, ...]`, by torch's narrower groups: `[K / g, N, ...]`."""
+    columns = torch.arange(0, layer.shape[1], _native_group(layer) or 1) // _group(layer)
+    return blocks[:, columns].expand(N, *[-1] * (blocks.dim() - 1)).transpose(0, 1)
+
+
+def _slices(layer: Layer) -> list[slice]:
+    """Some whole blocks of rows at a time."""
+    N, K = layer.shape
+    step = max(1, SLICE // (K * int4pack.block())) * int4pack.block()
+    return [slice(start, min(N, start + step)) for start in range(0, N, step)]

@@ -1,0 +1,55 @@
+"""torch's 4-bit layout on CPU, and back: column by column, two rows a byte.
+
+Rows come in blocks. Which two rows of a block share a byte depends on the processor, so it is not written here: it is
+read off a small block that says which row is where.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCKS = (64, 32)  # rows of a block, by processor; the last block of a matrix may be shorter
+
+
+def pack(codes_NK: Tensor) -> Tensor:
+    """uint8 codes `[N, K]` of 4 bits -> `[N, K / 2]` bytes, some rows at a time."""
+    step = max(1, (1 << 20) // max(1, codes_NK.shape[1] * BLOCKS[0])) * BLOCKS[0]
+    convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+    return torch.cat([convert(codes_NK[i : i + step].int(), 2) for i in range(0, len(codes_NK), step)])
+
+
+def columns(packed: Tensor) -> Tensor:
+    """The codes of rows that begin with a block and end with one, or with the matrix: uint8 `[K, N]`."""
+    N, K = packed.shape[0], 2 * packed.shape[1]
+    whole = N - N % block()
+    found = []
+    for part, rows in ((packed[:whole], block()), (packed[whole:], N - whole)):
+        if len(part):
+            data = part.reshape(-1, K, rows // 2)
+            codes = torch.cat((data & 15, data >> 4), 2)
+            order = _places(rows)
+            codes = codes if order == tuple(range(rows)) else codes[..., list(order)]
+            found.append(codes.transpose(0, 1).reshape(K, -1))
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+@cache
+def block() -> int:
+    """Rows of a block on this processor."""
+    return next(rows for rows in BLOCKS if sorted(_rows(rows)) == list(range(rows)))
+
+
+@cache
+def _rows(rows: int) -> tuple[int, ...]:
+    """The rows in the low halves of a column's bytes, then in the high ones."""
+    number = torch.arange(rows)[:, None].expand(rows, 32).int()
+    convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+    low, high = (convert(digit.contiguous(), 2).flatten()[: rows // 2].int() for digit in (number & 15, number >> 4))
+    return tuple(torch.cat(((low & 15) | (high & 15) << 4, (low >> 4) | (high >> 4) << 4)).tolist())
+
+
+@cache
+def _places(rows: int) -> tuple[int, ...]:
+    """Where each row of a block is: the inverse of `_rows`."""
+    return tuple(sorted(range(rows), key=_rows(rows).__getitem__))
