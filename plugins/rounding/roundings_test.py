@@ -12,6 +12,7 @@ from hf_quant.plugins.rounding.adaround import AdaRound
 from hf_quant.plugins.rounding.discquant import Between
 from hf_quant.plugins.rounding.flexround import FlexRound
 from hf_quant.plugins.rounding.gptq import Gptq
+from hf_quant.plugins.rounding.gsq import Gumbel
 from hf_quant.plugins.rounding.lrq import Lrq
 from hf_quant.plugins.rounding.lsq_ptq import Places
 from hf_quant.qtensor import QTensor
@@ -27,6 +28,7 @@ ROUNDINGS: dict[str, Rounding] = {
     "adaround": AdaRound(lr=0.05),
     "discquant": Between(lr=0.02, rho=20.0),
     "flexround": FlexRound(lr=0.02),
+    "gsq": Gumbel(lr=3e-3),
     "lrq": Lrq(lr=0.02),
     "lsq-ptq": Places(lr=0.02),
 }
