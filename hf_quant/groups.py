@@ -91,4 +91,9 @@ def _producer(block: nn.Module, block_name: str, key: Any, members: list[Site], 
 
 
 def _module(block: nn.Module, block_name: str, name: str) -> nn.Module:
-    return block.get_submodule(name.removeprefix(block_name).removeprefix("."))
+    return block.get_submodule(inside(name, block_name))
+
+
+def inside(name: str, block: str) -> str:
+    """The path in a block of a module of the model."""
+    return name.removeprefix(block).removeprefix(".")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.anatomy import Body, examine, probe_of, rehearse
+from hf_quant.coverage import ties
 from hf_quant.errors import UnsupportedModel
-from hf_quant.plan import ties
 from hf_quant.rewrite import fold_norm, map_inputs, map_outputs
 from hf_quant.runtime.rotating import rotate_input
 from hf_quant.sites import SiteGroup

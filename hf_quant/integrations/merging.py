@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from hf_quant.capture import collect, run_model
 from hf_quant.config import QuantConfig
+from hf_quant.coverage import matches
 from hf_quant.errors import ConfigError, NotSupported, UnsupportedModel
-from hf_quant.plan import matches
 from hf_quant.qtensor import QTensor, as_blocks, nearest, with_outer, without_outer
 from hf_quant.recipe import Recipe
 from hf_quant.report import Entry, Report
