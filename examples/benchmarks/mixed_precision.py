@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -59,6 +60,26 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 write(arguments, rows)
+    print(table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, a row a setting: means over seeds, in brackets the lowest and highest KL."""
+    lines = ["| asked | true bits | KL | KL on the line | ratio | top-1 % |", "|---|---|---|---|---|---|"]
+    settings: dict[str, list[dict]] = {}
+    for row in rows:
+        asked = f"{row['bits']} bits" if "bits" in row else f"{row['budget']['size']} by {row['budget']['by']}"
+        settings.setdefault(asked, []).append(row)
+    for asked, of in sorted(settings.items(), key=lambda s: s[1][0]["true_bits"]):
+        kls = [row["kl"] for row in of]
+        ends = [row["line"] for row in of if row.get("line")]
+        spread = f"({min(kls):.5f} ... {max(kls):.5f})"
+        beside = f"{fmean(ends):.5f} | {fmean(kls) / fmean(ends):.2f}" if len(ends) == len(of) else "- | -"
+        lines.append(
+            f"| {asked} | {fmean(r['true_bits'] for r in of):.3f} | {fmean(kls):.5f} {spread} "
+            f"| {beside} | {fmean(r['top1'] for r in of):.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def line(rows: list[dict], row: dict) -> float | None:
