@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_quant
+import hf_quant.loop
 import hf_quant.run_dir
 from hf_quant.config import QuantConfig
 from hf_quant.errors import CalibrationError, ConfigError, RunError, UnsupportedModel, UnsupportedSpec
@@ -140,7 +141,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ) -> None:
     whole = small_llama()
     report = run(whole, method)
-    solve, calls = hf_quant.pipeline.solve, []
+    solve, calls = hf_quant.loop.solve, []
 
     def cut(*args: object) -> object:
         calls.append(1)
@@ -148,7 +149,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
             raise Cut
         return solve(*args)
 
-    monkeypatch.setattr(hf_quant.pipeline, "solve", cut)
+    monkeypatch.setattr(hf_quant.loop, "solve", cut)
     with pytest.raises(Cut):
         run(small_llama(), method, run_dir=tmp_path / "run")
     solved_before = len(calls)
