@@ -7,6 +7,7 @@ where it was, with the same bytes in the end.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,9 +160,8 @@ class Loop:
                 memo.finish(_paths(waves[: k + 1], name), _paths(waves[k + 1 :], name))
             if units:
                 memo.forget()
-                around = Surroundings(
-                    self.model, floats, lambda i: run(block, i), lambda i: run_fp(block, i), self.batches, device
-                )
+                runs = partial(run, block), partial(run_fp, block)
+                around = Surroundings(self.model, floats, *runs, self.batches, device, self.timed)
                 for unit in units:
                     entries = updated(entries, tune(unit, self._tuner(), around, self.plan.sites, self.job.seed))
             self.run_dir.save(name, block, entries)
@@ -260,13 +260,15 @@ class Loop:
         done = self.run_dir.load(f"tuned-{unit.name}", held)
         if done is None:
             run = lambda i: run_model(self.model, self.batches[i], self._home())  # noqa: E731
-            around = Surroundings(self.model, self.floats, run, run, self.batches, self._device())
+            around = Surroundings(self.model, self.floats, run, run, self.batches, self._device(), self.timed)
             tuned = tune(unit, self._tuner(), around, self.plan.sites, self.job.seed)
             done = [e for e in updated(entries, tuned) if e.name.removesuffix(".weight") in tuned]
             held = nn.ModuleList([self.model.get_submodule(name) for name in unit.sites])
             self.run_dir.save(f"tuned-{unit.name}", held, done)
         for name, module in zip(unit.sites, held, strict=True):
             self.model.set_submodule(name, module)
+        if self.timed is not None:
+            self.timed.give(self.model)
         by_name = {e.name: e for e in done}
         return [by_name.get(e.name, e) for e in entries]
 

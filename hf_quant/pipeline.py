@@ -12,7 +12,7 @@ from hf_quant.allocate import allocate
 from hf_quant.distributed import my_share
 from hf_quant.errors import UnsupportedModel
 from hf_quant.loop import Loop
-from hf_quant.plan import make_plan
+from hf_quant.plan import make_plan, with_units
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Report
 from hf_quant.resources import peak_bytes, versions
@@ -50,6 +50,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
             if whole:
                 plan = make_plan(model, recipe, job)  # what was tied may no longer be
             floats = {n: model.get_submodule(n) for n, p in plan.sites.items()} if recipe.trainer else {}
+            plan = with_units(plan, model, recipe, batches)
             loop = Loop(model, recipe, job, plan, my_share(batches), run_dir)
             loop.timed = replace(timed, batches=loop.batches) if timed else None
             if recipe.allocator is not None and plan.is_open:

@@ -17,6 +17,7 @@ from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry
 from hf_quant.runtime.experts import Experts
 from hf_quant.sites import Site, find_blocks, kept_reason, walk
+from hf_quant.stages.sampler import Batch
 from hf_quant.stages.solver import Nearest
 from hf_quant.stages.tuner import Chain, Unit
 
@@ -218,8 +219,16 @@ def _refuse_unrun(recipe: Recipe, job: Job) -> None:
             raise UnsupportedSpec(f"a trainer works on the weights as they are: the recipe cannot have {stage} too")
 
 
+def with_units(plan: Plan, model: nn.Module, recipe: Recipe, batches: Sequence[Batch]) -> Plan:
+    """The plan with the units of the recipe's tuner, which may look at the data."""
+    if recipe.tuner is None:
+        return plan
+    inside, late = _units(model, recipe, plan.sites, batches)
+    return replace(plan, inside=inside, late=late)
+
+
 def _units(
-    model: nn.Module, recipe: Recipe, sites: Mapping[str, SitePlan]
+    model: nn.Module, recipe: Recipe, sites: Mapping[str, SitePlan], batches: Sequence[Batch] = ()
 ) -> tuple[dict[str, tuple[Unit, ...]], tuple[Unit, ...]]:
     """The units of the recipe's tuner: those inside each block, and those that span more."""
     assert recipe.tuner is not None  # noqa: S101
@@ -233,7 +242,7 @@ def _units(
     blocks = find_blocks(model)
     inside: dict[str, tuple[Unit, ...]] = {}
     late: list[Unit] = []
-    for unit in recipe.units.units(model, blocks, mine):
+    for unit in recipe.units.units(model, blocks, mine, batches):
         where = {sites[name].site.block for name in unit.sites}
         block = where.pop() if len(where) == 1 else ""
         within = bool(block) and any(m is unit.module for m in model.get_submodule(block).modules())

@@ -18,11 +18,13 @@ from hf_quant.capture import first_tensor, run_model, to_device
 from hf_quant.errors import UnsupportedModel
 from hf_quant.plan import SitePlan
 from hf_quant.report import Entry
+from hf_quant.runtime.clock import NAME
 from hf_quant.runtime.install import install_linear
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.solve import relative_error
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.tuner import Call, Chain, Example, Fitted, Tuner, Unit, UnitLoss
+from hf_quant.timesteps import Timed
 
 Run = Callable[[int], Any]  # runs what a unit lies in on micro-batch i
 CPU = torch.device("cpu")
@@ -63,6 +65,7 @@ class Surroundings:
         run_fp: one in full precision, called while every layer is float.
         batches: for gradients of the whole model.
         device: where the unit is computed.
+        timed: the clock that tables of input ranges read, where there are any.
     """
 
     model: nn.Module
@@ -71,6 +74,7 @@ class Surroundings:
     run_fp: Run
     batches: Sequence[Batch]
     device: torch.device
+    timed: Timed | None = None
 
     def examples(self, unit: Unit, loss: UnitLoss, seed: int) -> list[Example]:
         """The unit's cached micro-batches, on the CPU. The unit must be float already."""
@@ -78,7 +82,11 @@ class Surroundings:
             with floating(self.model, self.floats), torch.no_grad():
                 calls = [to_device(call, self.device) for call in unit.calls]
                 targets = [loss.remember(first_tensor(unit.module(*a, **k))).to(CPU) for a, k in calls]
-            return [Example(call, call, target) for call, target in zip(unit.calls, targets, strict=True)]
+            entries = [None if self.timed is None else self.timed.clock.nearest(k[NAME]) for _, k in unit.calls]
+            return [
+                Example(call, call, target, entry_B=entry_B)
+                for call, target, entry_B in zip(unit.calls, targets, entries, strict=True)
+            ]
         count = len(self.batches)
         calls = [_watch(unit, partial(self.run, i), None)[0] for i in range(count)]
         with floating(self.model, self.floats):
@@ -87,10 +95,10 @@ class Surroundings:
             if loss.gradients:
                 weights = [_squared_gradient(self.model, unit, b, seed + i) for i, b in enumerate(self.batches)]
         found = []
-        for call, (fp_call, target), weight in zip(calls, seen, weights, strict=True):
+        for call, (fp_call, target), weight, batch in zip(calls, seen, weights, self.batches, strict=True):
             assert target is not None  # noqa: S101  the unit ran
             _refuse_other_tokens(unit, call, fp_call)
-            found.append(Example(call, fp_call, target, weight))
+            found.append(Example(call, fp_call, target, weight, batch.get("@" + NAME)))
         return found
 
 
@@ -115,6 +123,8 @@ def tune(
         W_NK = weight.T if plan.site.kind == "conv1d" else weight
         errors[name] = relative_error(W_NK.detach(), end.q, (), None)
         install_linear(around.model, name, end.q, plan.format, inputs=end.inputs, input_range=end.input_range)
+        if around.timed is not None:
+            around.timed.give(around.model.get_submodule(name))
     each = (time.perf_counter() - started) / len(ended)
     return {name: (error, each) for name, error in errors.items()}
 

@@ -185,7 +185,9 @@ def test_a_unit_may_bring_its_own_calls() -> None:
 
     @dataclass(frozen=True)
     class Own:
-        def units(self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site]) -> list[Unit]:
+        def units(
+            self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site], batches: Sequence[Any] = ()
+        ) -> list[Unit]:
             calls = tuple(((torch.randn(4, 64, generator=torch.Generator().manual_seed(i)),), {}) for i in range(3))
             return [Unit("gates", Gates(model), {s.name: model.get_submodule(s.name) for s in SITES}, calls)]
 
@@ -265,7 +267,9 @@ def test_a_budget_chooses_the_bits_and_the_tuner_fits_them(kind: str) -> None:
 class Nothing:
     """Finds no unit."""
 
-    def units(self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site]) -> list[Unit]:
+    def units(
+        self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site], batches: Sequence[Any] = ()
+    ) -> list[Unit]:
         return []
 
 

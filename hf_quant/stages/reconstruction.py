@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from hf_quant.capture import first_tensor, to_device
 from hf_quant.errors import CalibrationError, ConfigError
 from hf_quant.progress import inner
-from hf_quant.runtime.activation import fake_quantize, pack_input, refuses
+from hf_quant.runtime.activation import fake_quantize, pack_input, refuses, round_by_entry, timed
 from hf_quant.sites import linear_shape
 from hf_quant.spec import Spec
 from hf_quant.stages.fakequant import Clipped, FakeQuant, Learned, Rounding, bounds, exactly
@@ -77,7 +77,10 @@ class Kl:
 
 
 class InputQuant(nn.Module):
-    """A layer's input as it will be rounded; of a static range, the step `s = s_0 exp(r)` is learned (LSQ)."""
+    """A layer's input as it will be rounded; of a static range, the step `s = s_0 exp(r)` is learned (LSQ).
+
+    A table has a step for each of its entries; `entry_B` are those of the samples that run now.
+    """
 
     def __init__(self, fitted: Fitted, share: float, lr: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -85,7 +88,8 @@ class InputQuant(nn.Module):
         self.spec, self.range, self.share, self.lr = fitted.inputs, fitted.input_range, share, lr
         self.generator = generator
         device = None if self.range is None else self.range[0].device
-        self.r = nn.Parameter(torch.zeros(1, 1, device=device))
+        self.r = nn.Parameter(torch.zeros(self.spec.entries, 1, device=device))
+        self.entry_B: Tensor | None = None
 
     def fitted(self) -> tuple[Tensor, Tensor | None] | None:
         """The range it has come to."""
@@ -102,9 +106,15 @@ class InputQuant(nn.Module):
             soft, hard = x_TK.float(), fake_quantize(x_TK.detach(), self.spec, {})
         else:
             zero, s = self.range[1], self.range[0] * self.r.exp()
+            if timed(self.spec):
+                assert self.entry_B is not None  # noqa: S101  the examples have it
+                entry_T = self.entry_B.to(s.device).repeat_interleave(len(x_TK) // len(self.entry_B))
+                hard = round_by_entry(x_TK.detach(), self.spec, pack_input(s, zero), entry_T)
+                s, zero = s[entry_T], None if zero is None else zero[entry_T]
+            else:
+                hard = fake_quantize(x_TK.detach(), self.spec, pack_input(s, zero))
             at = x_TK.float() / s + (0 if zero is None else zero)
             soft = (Clipped().round(at, *bounds(self.spec)) - (0 if zero is None else zero)) * s
-            hard = fake_quantize(x_TK.detach(), self.spec, pack_input(s, zero))
         out = exactly(soft.to(x.dtype), hard)
         if self.training and self.share < 1:
             kept = torch.rand(out.shape, generator=self.generator) < self.share
@@ -329,6 +339,8 @@ class _Fit:
 
     def _loss(self, example: Example, mixed: bool) -> Tensor:
         args, kwargs = to_device(self._mix(example) if mixed else example.call, self.device)
+        for quant in self.inputs.values():
+            quant.entry_B = example.entry_B
         with parametrize.cached():
             out = first_tensor(self.unit.module(*args, **kwargs))
         weight = None if example.weight is None else example.weight.to(self.device)

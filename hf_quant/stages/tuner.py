@@ -10,6 +10,7 @@ from hf_quant.errors import ConfigError
 from hf_quant.qtensor import QTensor
 from hf_quant.sites import Site
 from hf_quant.spec import Spec
+from hf_quant.stages.sampler import Batch
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of one forward
 
@@ -54,8 +55,13 @@ class Unit:
 class Units(Protocol):
     """Cuts a model into units, in the order in which they are fitted."""
 
-    def units(self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site]) -> list[Unit]:
-        """The units; a site in none keeps the solver's codes. `model` is float, and `blocks` are in order."""
+    def units(
+        self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site], batches: Sequence[Batch]
+    ) -> list[Unit]:
+        """The units; a site in none keeps the solver's codes. `model` is float, and `blocks` are in order.
+
+        Called without batches while the run is planned, and with them before it begins.
+        """
 
 
 def _unit(model: nn.Module, name: str, module: nn.Module, sites: Sequence[Site]) -> Unit:
@@ -66,7 +72,9 @@ def _unit(model: nn.Module, name: str, module: nn.Module, sites: Sequence[Site])
 class BlockUnits:
     """Every block is a unit."""
 
-    def units(self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site]) -> list[Unit]:
+    def units(
+        self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site], batches: Sequence[Batch] = ()
+    ) -> list[Unit]:
         """One a block that holds sites."""
         inside = {b: [s for s in sites if s.block == b] for b in blocks}
         return [_unit(model, b, model.get_submodule(b), found) for b, found in inside.items() if found]
@@ -76,7 +84,9 @@ class BlockUnits:
 class LayerUnits:
     """Every site is a unit of its own: its output is kept."""
 
-    def units(self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site]) -> list[Unit]:
+    def units(
+        self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site], batches: Sequence[Batch] = ()
+    ) -> list[Unit]:
         """One a site inside a block, in module order."""
         return [_unit(model, s.name, model.get_submodule(s.name), [s]) for s in sites if s.block]
 
@@ -92,7 +102,9 @@ class WindowUnits:
         if not (type(self.size) is type(self.stride) is int and 1 <= self.stride <= self.size):
             raise ConfigError(f"a window of size={self.size!r} moves by 1 .. size blocks, not stride={self.stride!r}")
 
-    def units(self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site]) -> list[Unit]:
+    def units(
+        self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site], batches: Sequence[Batch] = ()
+    ) -> list[Unit]:
         """One a window; windows stay inside a list of blocks (an encoder, a decoder)."""
         lists: dict[str, list[str]] = {}
         for block in blocks:
@@ -112,7 +124,9 @@ class WindowUnits:
 class ModelUnit:
     """The whole model is one unit: its output is kept."""
 
-    def units(self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site]) -> list[Unit]:
+    def units(
+        self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site], batches: Sequence[Batch] = ()
+    ) -> list[Unit]:
         """One, of every linear site."""
         return [_unit(model, "model", model, [s for s in sites if s.kind != "embedding"])]
 
@@ -126,12 +140,14 @@ class Example:
         fp_call: those in full precision.
         target: what full precision makes of the latter, as `UnitLoss.remember` keeps it.
         weight: squared gradients of the model's loss at the unit's output, where the loss asks for them.
+        entry_B: which entries of tables of input ranges its samples read, where there are tables.
     """
 
     call: Call
     fp_call: Call
     target: Tensor
     weight: Tensor | None = None
+    entry_B: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -41,7 +41,7 @@ from hf_quant.testing.subjects import SUBJECTS, Subject
 Check = Callable[[Method, Path], None]
 
 SECONDS = 2.0  # of CPU, for the tiny model: a method that needs more on 100 thousand weights is no use on billions
-BRIEF = {"steps": 8, "iterations": 8, "iters": 8, "epochs": 1}  # contracts, not quality, are looked at here
+BRIEF = {"steps": 8, "iterations": 8, "iters": 8, "epochs": 1, "ranges": 8}  # contracts, not quality, are looked at
 IMPOSSIBLE: dict[str, tuple[Any, ...]] = {
     "bits": (0, 9, -3, 2.5, "4"),
     "group_size": (0, -2, 1.5, "128"),

@@ -1,0 +1,58 @@
+"""TFMQ-DM: temporal feature maintenance quantization for diffusion models (arXiv:2311.16503).
+
+    min over rounding of the temporal layers   sum_t sum_i || g_i^(t) - g_i(t) ||^2          (temporal-aware)
+    x^ = s_t (clamp(round(x / s_t) + z_t) - z_t),   one (s_t, z_t) for every timestep        (finite set)
+
+g_i are the layers that end what depends on the timestep (and class) alone: the projections of a U-Net's embedding,
+the modulations of a transformer. They are fitted together, without images; all other layers block by block.
+
+Shapes: t `[B]`; g_i `[B, N_i]`; scale and zero of a layer's input `[timesteps, 1]`.
+Differs from the paper: the temporal layers are found by watching a forward, not by their names; they are fitted after
+the blocks, which thus do not make up for what is left of their error, at the timesteps and classes of the data; the
+finite set of ranges is used for every layer's input, since a table costs nothing at inference; the ranges are the
+extremes; rounding, penalty and schedule are `adaround`'s, with fewer steps.
+"""
+
+from hf_quant.method import Paper, method
+from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.diffusion.temporal_units import TemporalUnits
+from hf_quant.plugins.rounding.adaround import AdaRound
+from hf_quant.recipe import Recipe
+from hf_quant.spec import Spec, act_spec, int_spec
+from hf_quant.stages.reconstruction import Reconstruction
+from hf_quant.stages.trajectories import Trajectories
+
+
+@method(
+    "tfmq-dm",
+    paper=Paper("2311.16503", "TFMQ-DM: Temporal Feature Maintenance Quantization for Diffusion Models"),
+    domains={"diffusion"},
+    claim="temporal features closer to full precision's than after reconstruction of blocks",
+)
+def tfmq_dm(
+    bits: int = 4,
+    act_bits: int = 8,
+    calibration_steps: int = 20,
+    ranges: int = 20,
+    samples: int = 128,
+    iterations: int = 1000,
+    clip_steps: int = 24,
+) -> Recipe:
+    """Learned rounding, the temporal layers by themselves, and input ranges for each of `ranges` timesteps."""
+    inputs = act_spec(act_bits, static=True, symmetric=False)
+    table = Spec(
+        grid=inputs.grid,
+        block=inputs.block,
+        index="timestep",
+        entries=min(ranges, calibration_steps),
+        scale=inputs.scale,
+        zero=inputs.zero,
+    )
+    return Recipe(
+        weights=int_spec(bits, -1, symmetric=True),
+        inputs=table,
+        sampler=Trajectories(steps=calibration_steps, samples=samples),
+        range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
+        units=TemporalUnits(),
+        tuner=Reconstruction(AdaRound(), steps=iterations),
+    )
