@@ -32,7 +32,7 @@ from hf_quant.spec import Spec, int_spec
 from hf_quant.stages.fakequant import FakeQuant, Learned, bounds, refuses_grid, stored, values_of
 from hf_quant.stages.objective import LayerMse
 from hf_quant.stages.reconstruction import Reconstruction
-from hf_quant.stages.sampler import TextSampler
+from hf_quant.stages.sampler import Batch, TextSampler
 from hf_quant.stages.tuner import Unit
 
 PRIOR = 0.06  # of half the squared distance to the solver's code, in the first logits
@@ -114,7 +114,9 @@ class Gumbel:
 class StageUnits:
     """Of every block first the part that runs first and holds sites (its attention), then the whole, for the others."""
 
-    def units(self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site]) -> list[Unit]:
+    def units(
+        self, model: nn.Module, blocks: Sequence[str], sites: Sequence[Site], batches: Sequence[Batch] = ()
+    ) -> list[Unit]:
         """One or two a block that holds sites."""
         found = []
         for block in blocks:
