@@ -81,13 +81,18 @@ class DiffusionJudge:
             pipeline = self.pipeline()
             network = backbone(pipeline)
             hf_quant.quantize(network, QuantConfig(method, **arguments), data=self.data(seed), progress=False)
-            calls, answers, pictures = self.expected
-            ratios = []
-            for batch, wanted in zip(calls, answers, strict=True):
-                noise = (network(**batch).sample - wanted).square().sum() / wanted.square().sum()
-                ratios.append(float(decibels(noise)))
-            self.measured[key] = ratios, float((self.draw(pipeline, TEST) - pictures).square().mean())
+            self.measured[key] = self.compare(pipeline)
         return self.measured[key]
+
+    @torch.no_grad()
+    def compare(self, pipeline: Any) -> tuple[list[float], float]:  # noqa: ANN401
+        """What `sqnr` and `trajectory` say of a pipeline that was changed somehow."""
+        calls, answers, pictures = self.expected
+        network, ratios = backbone(pipeline), []
+        for batch, wanted in zip(calls, answers, strict=True):
+            noise = (network(**batch).sample - wanted).square().sum() / wanted.square().sum()
+            ratios.append(float(decibels(noise)))
+        return ratios, float((self.draw(pipeline, TEST) - pictures).square().mean())
 
     def sqnr(self, method: str, *, seed: int = 0, **arguments: Any) -> list[float]:  # noqa: ANN401
         """Signal to quantization noise of the network's answer at every step, in dB, on full-precision inputs."""

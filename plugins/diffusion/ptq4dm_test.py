@@ -1,0 +1,58 @@
+"""PTQ4DM: where calibration data comes from matters."""
+
+import torch
+
+import hf_quant
+from hf_quant import QuantConfig
+from hf_quant.drawing import Drawing, backbone
+from hf_quant.testing.diffusion import DiffusionJudge
+
+SAMPLES = 64
+
+
+def error(judge: DiffusionJudge, bits: int, seed: int, data: list[dict[str, torch.Tensor]] | None) -> float:
+    """Noise-to-signal ratio of the prediction, the mean over the steps; `data` None: the method's own."""
+    pipeline = judge.pipeline()
+    config = QuantConfig("ptq4dm", bits=bits, samples=SAMPLES, seed=seed)
+    if data is None:
+        hf_quant.quantize(pipeline, config, pictures=0, progress=False)
+    else:
+        hf_quant.quantize(backbone(pipeline), config, data=data, progress=False)
+    ratios = torch.tensor(judge.compare(pipeline)[0])
+    return float((10 ** (-ratios / 10)).mean())
+
+
+def other_data(judge: DiffusionJudge, seed: int, noised: bool) -> list[dict[str, torch.Tensor]]:
+    """Images noised forward to timesteps drawn evenly, or noise alone."""
+    generator = torch.Generator().manual_seed(seed)
+    pipeline = judge.pipeline()
+    t = torch.randint(0, 1000, (SAMPLES,), generator=generator)
+    x = torch.randn(SAMPLES, 1, 16, 16, generator=generator)
+    if noised:
+        drawing = Drawing(steps=judge.steps)
+        images = drawing.draw(pipeline, range(SAMPLES), torch.Generator().manual_seed(500 + seed))
+        x = pipeline.scheduler.add_noise(images.permute(0, 3, 1, 2) * 2 - 1, x, t)
+    return [{"sample": a, "timestep": b} for a, b in zip(x.split(16), t.split(16), strict=True)]
+
+
+def test_claim_against_other_calibration_data(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    judge = diffusion_judges("digits-unet")
+    ours = [error(judge, 8, seed, None) for seed in range(3)]
+    for noised, what in ((True, "images noised forward"), (False, "noise alone")):
+        theirs = [error(judge, 8, seed, other_data(judge, seed, noised)) for seed in range(3)]
+        claims.order(
+            "ptq4dm",
+            f"error of the predicted noise below that after calibration on {what}, w8a8, digits-unet",
+            ours=ours,
+            theirs=theirs,
+        )
+
+
+def test_claim_it_adds_little(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    judge = diffusion_judges("digits-unet")
+    claims.invariant(
+        "ptq4dm",
+        "error of the predicted noise below 1 % of its energy, w8a8, digits-unet",
+        error(judge, 8, 0, None) < 0.01,
+        {"error": error(judge, 8, 0, None)},
+    )
