@@ -21,7 +21,7 @@ from hf_quant.stages.serving import Serving
 from hf_quant.stages.solver import Nearest, Solver
 from hf_quant.stages.splitter import Splitter
 from hf_quant.stages.trainer import Trainer
-from hf_quant.stages.transform import OnlineTransform, PairTransform, Transform, WholeTransform
+from hf_quant.stages.transform import JoinTransform, OnlineTransform, PairTransform, Transform, WholeTransform
 from hf_quant.stages.traversal import Sequential, Traversal
 from hf_quant.stages.tuner import BlockUnits, Tuner, Units
 from hf_quant.stats import Stat
@@ -88,7 +88,9 @@ class Recipe(HfQuantizer):
     cache: Spec | None = None
     format: str | None = None  # a format id; None: the plan takes the first that holds the layer
     sampler: Sampler = TextSampler()
-    transforms: tuple[Transform | PairTransform | OnlineTransform | WholeTransform, ...] = ()  # whole ones first
+    transforms: tuple[
+        Transform | PairTransform | OnlineTransform | JoinTransform | WholeTransform, ...
+    ] = ()  # whole ones first
     splitter: Splitter | None = None
     grids: GridChoice | None = None
     range: Range = AbsMaxRange()

@@ -60,6 +60,7 @@ class SiteGroup:
             share); None: the one with the same number.
         shifts: a constant can be moved from the producer to the readers, too.
         head: so many neighbouring input channels can be rotated together with the producer's.
+        parts: which part of a concatenation each input channel came from, where there was one (`joins`).
     """
 
     sites: tuple[Site, ...]
@@ -67,6 +68,7 @@ class SiteGroup:
     channels: Tensor | None = field(default=None, compare=False)
     shifts: bool = field(default=False, compare=False)
     head: int = field(default=1, compare=False)
+    parts: Tensor | None = field(default=None, compare=False)
 
 
 def linear_shape(module: nn.Module) -> tuple[Kind, tuple[int, int]] | None:

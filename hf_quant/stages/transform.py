@@ -1,8 +1,9 @@
 """Transform: what function-preserving rewrite first? A transform returns a value; `hf_quant.rewrite` folds it.
 
 A `Transform` looks at one group of layers after the other, block by block, with statistics; a `PairTransform` at a
-group with the layer before it; an `OnlineTransform` at the input of any group. A `WholeTransform` looks at the anatomy
-of the model, once, before the first block. None sees a module tree.
+group with the layer before it; an `OnlineTransform` at the input of any group; a `JoinTransform` at one that was put
+together of several tensors. A `WholeTransform` looks at the anatomy of the model, once, before the first block. None
+sees a module tree.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -99,6 +100,20 @@ class OnlineTransform(Protocol):
         self, Ws: Sequence[Tensor], stats: Stats, weights: Spec, inputs: Spec | None, fit: Range
     ) -> Diagonal | Online | None:
         """The rewrite, or None to leave it as it is. A `Diagonal` costs nothing where something before can take it."""
+
+
+@runtime_checkable
+class JoinTransform(Protocol):
+    """Looks at the input of a group that a concatenation put together (the skip connections of a U-Net)."""
+
+    @property
+    def needs(self) -> tuple[Stat, ...]:
+        """The statistics it reads, of that input."""
+
+    def join(
+        self, parts_K: Tensor, Ws: Sequence[Tensor], stats: Stats, weights: Spec, inputs: Spec | None
+    ) -> Diagonal | None:
+        """The rewrite, or None. `parts_K` numbers the part that each input channel came from."""
 
 
 @dataclass(frozen=True, slots=True)

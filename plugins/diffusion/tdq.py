@@ -6,14 +6,15 @@
 Every input has an interval that is a smooth function of the timestep. At inference it is a table.
 
 Shapes: W_NK weight, scale `[N, 1]`; s and z of a layer's input `[ranges, 1]`, one row for each of `ranges` timesteps.
-Differs from the paper: each layer's function is trained alone, on sampled inputs against their own rounding error, not with
-the network or against a block's output; z(t) stays where the extremes of that timestep put it; t is the place of the
-timestep among those of the table; the best intervals seen are kept; `ranges=1` is a static learned interval.
+Differs from the paper: each layer's function is trained alone, on sampled inputs against their own rounding error, not
+with the network or against a block's output; z(t) stays where the extremes of that timestep put it; t is the place of
+the timestep among those of the table; the best intervals seen are kept; `ranges=1` is a static learned interval.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def encode(entries: int) -> Tensor:
 def layers(width: int, generator: torch.Generator) -> list[Tensor]:
     """Weights and biases of four layers; the last is zero, so that every interval begins at the static one."""
     sizes, made = (2 * FREQUENCIES, width, width, width, 1), []
-    for i, o in zip(sizes, sizes[1:], strict=False):
+    for i, o in pairwise(sizes):
         made += [torch.randn(o, i, generator=generator) * math.sqrt(2 / i) * (o > 1), torch.zeros(o)]
     return made
 
@@ -90,7 +91,9 @@ class TdqRange:
         at = entry.unique()
         values = [_some(x[entry == e].flatten(), generator) for e in at.tolist()]
         ends = stats[covering.needs(spec)[0]]
-        edges = torch.stack([ends["min"].reshape(-1)[at], ends["max"].reshape(-1)[at]], 1)  # rare, and what clipping costs
+        edges = torch.stack(
+            [ends["min"].reshape(-1)[at], ends["max"].reshape(-1)[at]], 1
+        )  # rare, and what clipping costs
         x_EV = torch.cat([torch.stack(values), edges.to(x)], 1)
         static, _ = MseClip(steps=24, floor=0.3, power=2.0).fit(x_EV, spec)
         return round_scale(self._train(x_EV, at, static, zero, spec, generator), spec), zero
@@ -140,7 +143,7 @@ def tdq(
     lr: float = 3e-3,
     clip_steps: int = 24,
 ) -> Recipe:
-    """An interval for each of `ranges` timesteps, at most one for each step of calibration, learned as function of t."""
+    """An interval for each of `ranges` timesteps, at most one a step of calibration, learned as a function of t."""
     if type(ranges) is not int or ranges < 1:
         raise ConfigError(f"ranges={ranges!r}: timesteps with an interval of their own, 1 or more")
     entries = min(ranges, calibration_steps)
@@ -148,7 +151,12 @@ def tdq(
     return Recipe(
         weights=int_spec(bits, -1, symmetric=True),
         inputs=Spec(
-            grid=inputs.grid, block=inputs.block, index="timestep", entries=entries, scale=inputs.scale, zero=inputs.zero
+            grid=inputs.grid,
+            block=inputs.block,
+            index="timestep",
+            entries=entries,
+            scale=inputs.scale,
+            zero=inputs.zero,
         ),
         sampler=Trajectories(steps=calibration_steps, samples=samples),
         range=MseClip(steps=clip_steps, floor=0.5, power=2.0),

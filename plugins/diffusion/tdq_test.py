@@ -18,9 +18,7 @@ from hf_quant.stats import MinMax, Seen
 from hf_quant.testing.diffusion import DiffusionJudge
 
 INPUTS = act_spec(4, static=True, symmetric=False)
-TABLE = Spec(
-    grid=INPUTS.grid, block=INPUTS.block, index="timestep", entries=6, scale=INPUTS.scale, zero=INPUTS.zero
-)
+TABLE = Spec(grid=INPUTS.grid, block=INPUTS.block, index="timestep", entries=6, scale=INPUTS.scale, zero=INPUTS.zero)
 
 
 def seen(spread: torch.Tensor, K: int = 8) -> tuple[Any, torch.Tensor, torch.Tensor]:
@@ -117,15 +115,15 @@ def test_inv_other_schedulers_mixed_timesteps_and_a_compiled_network(
     diffusion_judges,  # type: ignore[no-untyped-def]
     tmp_path: Path,
 ) -> None:
-    """Calibrated with DDIM at 10 steps and guidance; saved and loaded by stock diffusers; then everything else."""
+    """Calibrated with DDIM at 5 steps and guidance; saved and loaded by stock diffusers; then everything else."""
     judge = diffusion_judges("digits-dit")
-    pipeline = quantized(judge, calibration_steps=10, samples=20, iterations=30)
+    pipeline = quantized(judge, calibration_steps=5, samples=10, iterations=10)
     assert all(m.clock for m in pipeline.transformer.modules() if isinstance(m, QuantLinear))
     pipeline.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(draw(loaded, 5), draw(pipeline, 5))
-    assert max(differences(judge, loaded, [("DPM-Solver++", 20), ("Euler", 10)]).values()) < 0.05
+    assert max(differences(judge, loaded, [("DPM-Solver++", 10), ("Euler", 7)]).values()) < 0.05
     batch = {
         "hidden_states": torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
         "timestep": torch.tensor([999, 500, 20, 0]),
@@ -153,8 +151,8 @@ def test_inv_every_scheduler_and_number_of_steps(diffusion_judges, claims) -> No
     found = differences(judge, pipeline, [(name, steps) for name in SCHEDULERS for steps in (10, 20, 50)])
     claims.invariant(
         "tdq",
-        "pictures within 0.05 (rms) of full precision's with DDIM, DPM-Solver++ and Euler at 10, 20 and 50 steps, calibrated "
-        "with DDIM at 10 steps and guidance, w8a8, digits-dit",
+        "pictures within 0.05 (rms) of full precision's with DDIM, DPM-Solver++ and Euler at 10, 20 and 50 steps, "
+        "calibrated with DDIM at 10 steps and guidance, w8a8, digits-dit",
         max(found.values()) < 0.05,
         found,
     )

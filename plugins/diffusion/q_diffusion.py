@@ -1,0 +1,85 @@
+"""Q-Diffusion: post-training quantization of diffusion models (arXiv:2302.04304).
+
+    calibration: as many x_t from every step of the model's own denoising, with and without its condition
+    rounding:    min over V  E ||block_q(x_t, t) - block(x_t, t)||^2 + AdaRound's penalty, block after block
+    shortcuts:   [h, skip] W^T = h W_1^T + skip W_2^T,  each half rounded with a step of its own, s_1 and s_2
+
+Shapes: W_NK weight, scale and zero `[N, K / group_size]`; `parts_K` numbers the tensor that an input channel came from.
+The second half's step is `s_2 = r s_1`: its channels are divided by r while the model runs (`pre_scale` `[K]`) and its
+columns are multiplied by r before they are rounded.
+Differs from the paper: weights have a scale for every `group_size` columns and a zero point, finer than one for each
+half, and what has groups in both halves at once is not split; r is the ratio of the largest magnitudes; both halves
+share the code of zero; ranges of inputs are searched, then learned with the rounding; see `adaround` for the rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_quant.method import Paper, method
+from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.calibration.sampled_range import SampledRange
+from hf_quant.plugins.rounding.adaround import AdaRound
+from hf_quant.recipe import Recipe
+from hf_quant.spec import Spec, act_spec, int_spec
+from hf_quant.stages.reconstruction import Reconstruction
+from hf_quant.stages.trajectories import Trajectories
+from hf_quant.stages.transform import Diagonal
+from hf_quant.stats import AbsMax, Stat, Stats
+
+LEAST = 1e-3  # of the larger half's step: an empty half has none
+
+
+@dataclass(frozen=True, slots=True)
+class SplitShortcuts:
+    """The parts of a concatenation are brought to the same largest magnitude."""
+
+    needs: ClassVar[tuple[Stat, ...]] = (AbsMax(),)
+
+    def join(
+        self, parts_K: Tensor, Ws: Sequence[Tensor], stats: Stats, weights: Spec, inputs: Spec | None
+    ) -> Diagonal | None:
+        """See `JoinTransform.join`; None as well where weights of both halves share a scale."""
+        if inputs is None or inputs.range == "dynamic":
+            return None  # nothing is shared by all tokens
+        group = weights.block_size((1, len(parts_K)))[1]
+        if any(len(part.unique()) > 1 for part in parts_K.split(group)):
+            return None
+        peak_K = stats[AbsMax()]["max"]
+        parts_K = parts_K.to(peak_K.device)
+        peaks = torch.stack([peak_K[parts_K == part].max() for part in parts_K.unique()])
+        if not bool(peaks.max() > 0):
+            return None
+        return Diagonal((peaks / peaks.max()).clamp_min(LEAST)[parts_K])
+
+
+@method(
+    "q-diffusion",
+    paper=Paper("2302.04304", "Q-Diffusion: Quantizing Diffusion Models"),
+    domains={"diffusion"},
+    claim="error of the pictures below adaround's on one timestep, and below that without split shortcuts, w4a8",
+)
+def q_diffusion(
+    bits: int = 4,
+    act_bits: int = 8,
+    group_size: int = 64,
+    calibration_steps: int = 20,
+    samples: int = 128,
+    iterations: int = 1000,
+    split: bool = True,
+    input_lr: float = 1e-3,
+    clip_steps: int = 24,
+) -> Recipe:
+    """Trajectories at every step, split shortcuts, then rounding and input ranges learned block after block."""
+    return Recipe(
+        weights=int_spec(bits, group_size),
+        inputs=act_spec(act_bits, static=True, symmetric=False),
+        sampler=Trajectories(steps=calibration_steps, samples=samples, batch_size=8),
+        transforms=(SplitShortcuts(),) if split else (),
+        range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
+        input_range=SampledRange(MseClip(steps=clip_steps, floor=0.3, power=2.0)),
+        tuner=Reconstruction(AdaRound(), steps=iterations, input_lr=input_lr),
+    )
