@@ -10,13 +10,22 @@ from hf_quant.capture import collect
 from hf_quant.distributed import reduce_states
 from hf_quant.errors import UnsupportedModel
 from hf_quant.groups import inside
+from hf_quant.joins import with_joins
 from hf_quant.pairs import link
 from hf_quant.plan import SitePlan
 from hf_quant.recipe import Recipe
 from hf_quant.rewrite import float_weight, fold, producer_rows
 from hf_quant.sites import SiteGroup, linear_shape
 from hf_quant.stages.sampler import Batch
-from hf_quant.stages.transform import Diagonal, Online, OnlineTransform, PairTransform, Transform, WholeTransform
+from hf_quant.stages.transform import (
+    Diagonal,
+    JoinTransform,
+    Online,
+    OnlineTransform,
+    PairTransform,
+    Transform,
+    WholeTransform,
+)
 from hf_quant.stats import Stat, State
 
 ROUNDS = 50  # of a transform of pairs: chains of layers settle in a few
@@ -54,6 +63,8 @@ class Transforming:
             return
         before = self.run(self.block, 0)
         groups = link(groups, self.block, self.name, lambda b: self.run(b, 0))
+        if any(isinstance(t, JoinTransform) for t in transforms):
+            groups = with_joins(groups, self.block, self.name, lambda b: self.run(b, 0))
         for transform in transforms:
             for _ in range(ROUNDS if isinstance(transform, PairTransform) else 1):
                 if not self._once(recipe, groups, transform):
@@ -69,10 +80,12 @@ class Transforming:
         self,
         recipe: Recipe,
         groups: Sequence[SiteGroup],
-        transform: Transform | PairTransform | OnlineTransform,
+        transform: Transform | PairTransform | OnlineTransform | JoinTransform,
     ) -> bool:
         """Offer every group that it can rewrite to a transform; whether it rewrote one."""
         able = [g for g in groups if isinstance(transform, OnlineTransform) or g.producer is not None]
+        if isinstance(transform, JoinTransform):
+            able = [g for g in groups if g.parts is not None]
         if isinstance(transform, PairTransform):
             able = [g for g in able if linear_shape(self.model.get_submodule(str(g.producer))) is not None]
         wanted = {inside(g.sites[0].name, self.name): transform.needs for g in able}
@@ -90,6 +103,9 @@ class Transforming:
             if isinstance(transform, PairTransform):
                 rows = producer_rows(self.model, group)
                 rewrite = transform.pair(rows, Ws, stats, own.weights, own.inputs, recipe.range)
+            elif isinstance(transform, JoinTransform):
+                assert group.parts is not None  # noqa: S101  such groups alone are able
+                rewrite = transform.join(group.parts, Ws, stats, own.weights, own.inputs)
             elif isinstance(transform, OnlineTransform):
                 rewrite = transform.online(Ws, stats, own.weights, own.inputs, recipe.range)
             else:

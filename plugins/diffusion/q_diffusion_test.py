@@ -3,19 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
-import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.drawing import backbone
 from hf_quant.pipeline import quantize
 from hf_quant.plugins.diffusion.q_diffusion import SplitShortcuts
 from hf_quant.recipe import Job, Recipe
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.spec import act_spec, int_spec
 from hf_quant.stats import AbsMax
-from hf_quant.testing.diffusion import DiffusionJudge
 
 WEIGHTS = int_spec(4, 1)
 
@@ -63,39 +59,3 @@ class _Always(SplitShortcuts):
     def join(self, parts_K: Any, Ws: Any, stats: Any, weights: Any, inputs: Any) -> Any:
         found = SplitShortcuts.join(self, parts_K, Ws, stats, weights, act_spec(8, static=True))
         return found and replace(found, s_K=2 ** found.s_K.log2().round())
-
-
-def error(judge: DiffusionJudge, seed: int, *, one_timestep: bool = False, **arguments: Any) -> float:
-    """Of the pictures."""
-    pipeline = judge.pipeline()
-    config = QuantConfig("q-diffusion", seed=seed, samples=64, group_size=32, iterations=100, **arguments)
-    if one_timestep:  # a batch of the same size, all from the middle of the trajectory
-        batch = judge.data(seed)[10]
-        data = [{k: v[torch.arange(8) % len(v)] for k, v in batch.items()}] * 8
-        hf_quant.quantize(backbone(pipeline), config, data=data, progress=False)
-    else:
-        given = {"class_labels": range(10), "guidance": judge.guidance} if hasattr(pipeline, "transformer") else {}
-        hf_quant.quantize(pipeline, config, pictures=0, progress=False, **given)
-    return judge.compare(pipeline)[1]
-
-
-@pytest.mark.slow
-def test_claim_against_one_timestep(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
-    judge = diffusion_judges("digits-unet")
-    claims.order(
-        "q-diffusion",
-        "error of the pictures below that with calibration at a single timestep, 100 iterations, w4a8g32, digits-unet",
-        ours=[error(judge, seed) for seed in range(3)],
-        theirs=[error(judge, seed, one_timestep=True) for seed in range(3)],
-    )
-
-
-@pytest.mark.slow
-def test_claim_split_shortcuts(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
-    judge = diffusion_judges("digits-unet")
-    claims.order(
-        "q-diffusion",
-        "error of the pictures below that without split shortcuts, 100 iterations, w4a8g32, digits-unet",
-        ours=[error(judge, seed) for seed in range(3)],
-        theirs=[error(judge, seed, split=False) for seed in range(3)],
-    )
