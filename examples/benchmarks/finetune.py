@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="calibration rows")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8192, help="evaluation tokens")
+    parser.add_argument("--set", nargs="*", default=[], help="arguments of what trains, NAME=NUMBER")
     parser.add_argument("--dtype", default="float32", help="of the model while it is quantized and trained")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "finetune.json")
     given = parser.parse_args()
@@ -73,8 +74,9 @@ def main() -> None:
 def ours(given: argparse.Namespace, method: str, bits: int, ids: torch.Tensor, test: torch.Tensor, at: str) -> dict:
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))
     trains = not method.startswith("gptq")
+    chosen = {name: float(value) for name, value in (s.split("=") for s in given.set)} if trains else {}
     extra = {"steps": given.steps, "batch_size": given.batch_size} if trains else {}
-    config = hf_quant.QuantConfig(method, bits=bits, group_size=given.group_size, **extra)
+    config = hf_quant.QuantConfig(method, bits=bits, group_size=given.group_size, **extra, **chosen)
     run = hf_quant.finetune if trains else hf_quant.quantize
     began = time.perf_counter()
     report = run(model, config, data=ids, progress=False)
@@ -84,7 +86,7 @@ def ours(given: argparse.Namespace, method: str, bits: int, ids: torch.Tensor, t
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         found = measured(given, loaded, at, test)
     training = {n: report.training[n] for n in ("trained", "optimizer_bytes", "logit_difference") if report.training}
-    return {"method": method, "bits": bits, **found, "seconds": round(seconds, 1), **training}
+    return {"method": method, "bits": bits, "arguments": chosen, **found, "seconds": round(seconds, 1), **training}
 
 
 def peer(given: argparse.Namespace, original: torch.nn.Module, ids: torch.Tensor, test: torch.Tensor, at: str) -> dict:

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from hf_quant.errors import ConfigError
 from hf_quant.qtensor import QTensor
-from hf_quant.stages.fakequant import exactly, latent
+from hf_quant.spec import Spec
+from hf_quant.stages.fakequant import bounds, exactly, latent
 
 NEAR = 0.25  # how far from the solver's code a weight starts, in steps: of those at a threshold noise would flip many
 
@@ -18,6 +19,12 @@ def near_codes(W_NK: Tensor, q: QTensor) -> Tensor:
 def scaled_gradient(x: Tensor, factor: float) -> Tensor:
     """x, whose gradient is multiplied (LSQ's normalization of step sizes)."""
     return exactly(x * factor, x.detach())
+
+
+def ratio_rate(rate: float, spec: Spec) -> float:
+    """Rate of a ratio of step sizes that moves the ends of the grid by `rate` steps: half of it for every bit more."""
+    low, high = bounds(spec)
+    return 2 * rate / (high - low + 1)
 
 
 @torch.no_grad()

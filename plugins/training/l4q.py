@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq_refined import Refined
-from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive, near_codes
+from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive, near_codes, ratio_rate
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
@@ -78,7 +78,11 @@ class L4qFake(FakeQuant):
 
     def learned(self) -> list[Learned]:
         """A, B, step sizes and zero points."""
-        rates: list[Learned] = [(self.term.A, self.how.lr), (self.term.B, self.how.lr), (self.ratio, self.how.lr_scale)]
+        rates: list[Learned] = [
+            (self.term.A, self.how.lr),
+            (self.term.B, self.how.lr),
+            (self.ratio, ratio_rate(self.how.lr_scale, self.q.spec)),
+        ]
         return rates if self.zero is None else [*rates, (self.zero, self.how.lr_zero)]
 
     def after_step(self) -> None:
@@ -93,7 +97,7 @@ class L4q:
     rank: int = 16
     alpha: float = 16.0
     lr: float = 5e-3
-    lr_scale: float = 1e-2
+    lr_scale: float = 2e-2
     lr_zero: float = 2e-3
     estimator: Estimator = Clipped()
 
@@ -122,7 +126,7 @@ def l4q(
     steps: int = 200,
     batch_size: int = 8,
     lr: float = 5e-3,
-    lr_scale: float = 1e-2,
+    lr_scale: float = 2e-2,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,
@@ -130,7 +134,7 @@ def l4q(
 ) -> Recipe:
     """gptq-refined, then training of LoRA, scales and zero points inside the rounding.
 
-    `lr` is of LoRA in steps of the grid, `lr_scale` of step sizes relative to where they begin.
+    `lr` is of LoRA in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps.
     """
     return Recipe(
         weights=int_spec(bits, group_size),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq_refined import Refined
-from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive, near_codes
+from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive, near_codes, ratio_rate
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
@@ -77,7 +77,11 @@ class LrQatFake(FakeQuant):
 
     def learned(self) -> list[Learned]:
         """A, B and step sizes."""
-        return [(self.term.A, self.how.lr), (self.term.B, self.how.lr), (self.ratio, self.how.lr_scale)]
+        return [
+            (self.term.A, self.how.lr),
+            (self.term.B, self.how.lr),
+            (self.ratio, ratio_rate(self.how.lr_scale, self.q.spec)),
+        ]
 
     def after_step(self) -> None:
         """A step size stays positive."""
@@ -90,7 +94,7 @@ class LrQat:
 
     rank: int = 32
     alpha: float = 32.0
-    lr: float = 1e-2
+    lr: float = 5e-3
     lr_scale: float = 2e-2
     frozen: Literal["float32", "bfloat16"] = "bfloat16"
     estimator: Estimator = Clipped()
@@ -119,7 +123,7 @@ def lr_qat(
     rank: int = 32,
     steps: int = 200,
     batch_size: int = 8,
-    lr: float = 1e-2,
+    lr: float = 5e-3,
     lr_scale: float = 2e-2,
     distill: float = 1.0,
     samples: int = 512,
@@ -128,7 +132,7 @@ def lr_qat(
 ) -> Recipe:
     """gptq-refined, then training of low-rank terms inside the rounding.
 
-    `lr` is of those terms in steps of the grid, `lr_scale` of step sizes relative to where they begin.
+    `lr` is of those terms in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps.
     """
     return Recipe(
         weights=int_spec(bits, group_size),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq_refined import Refined
-from hf_quant.plugins.training.fake_core import keep_positive, near_codes, scaled_gradient
+from hf_quant.plugins.training.fake_core import keep_positive, near_codes, ratio_rate, scaled_gradient
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
@@ -67,7 +67,7 @@ class LsqFake(FakeQuant):
 
     def learned(self) -> list[Learned]:
         """Weights and step sizes."""
-        return [(self.weight, self.how.lr), (self.ratio, self.how.lr_scale)]
+        return [(self.weight, self.how.lr), (self.ratio, ratio_rate(self.how.lr_scale, self.q.spec))]
 
     def after_step(self) -> None:
         """A step size stays positive."""
@@ -79,7 +79,7 @@ class Lsq:
     """Learned weights and step sizes."""
 
     lr: float = 2e-3
-    lr_scale: float = 1e-2
+    lr_scale: float = 2e-2
     estimator: Estimator = Clipped()
 
     def refuses(self, spec: Spec) -> str | None:
@@ -103,7 +103,7 @@ def lsq(
     steps: int = 200,
     batch_size: int = 8,
     lr: float = 2e-3,
-    lr_scale: float = 1e-2,
+    lr_scale: float = 2e-2,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,
@@ -111,7 +111,7 @@ def lsq(
 ) -> Recipe:
     """gptq-refined, then training of everything.
 
-    `lr` is of weights in steps of the grid, `lr_scale` of step sizes relative to where they begin.
+    `lr` is of weights in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps.
     """
     return Recipe(
         weights=int_spec(bits, group_size),
