@@ -179,7 +179,8 @@ def table(result: dict) -> str:
         closed = f"{100 * row['closed']:.0f} %" if "closed" in row else "-"
         size = "-" if row["true_bits"] is None else f"{row['true_bits']:.3f}"
         figures = f"{row['kl']:.5f} | {closed} | {row['perplexity']:.3f} | {row['top1']:.2f} | {row['seconds']:.0f}"
-        lines.append(f"| {row['bits']} | {row['method']} | {size} | {figures} |")
+        chosen = "".join(f" {n}={v:g}" for n, v in row.get("arguments", {}).items())
+        lines.append(f"| {row['bits']} | {row['method']}{chosen} | {size} | {figures} |")
     return "\n".join(lines) + "\n"
 
 
