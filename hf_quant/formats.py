@@ -182,7 +182,7 @@ _IDS: set[str] = set()
 
 
 def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]:
-    """The operators of a format: `hf_quant::<id>` with its gradient to x, and `hf_quant::<id>_restore`."""
+    """The operators of a format: `hf_quant::<id>`, for its gradient `hf_quant::<id>_weight`, and `..._restore`."""
     name = "hf_quant::" + fmt.id.replace("-", "_").replace("/", "_")
     kernels = {kernel.name: kernel for kernel in fmt.kernels}
 
@@ -207,25 +207,19 @@ def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., l
         of = [layout[name] for name in sorted(fmt.replaces.get(kernel, ()))]
         return [blob[0].new_empty(shape, dtype=dtype) for shape, dtype in of]
 
-    def weight(tensors: list[Tensor], blob: list[Tensor], layer: str, kernel: str, dtype: torch.dtype) -> Tensor:
-        whole = Layer.from_key(layer)
-        named = dict(zip(names(layer, kernel), tensors, strict=True)) | fmt.restore(blob, whole, kernel)
-        return fmt.weight(named, whole, dtype)
+    def weight(tensors: list[Tensor], layer: str, dtype: torch.dtype) -> Tensor:
+        named = dict(zip(names(layer, "reference"), tensors, strict=True))
+        return fmt.weight(named, Layer.from_key(layer), dtype)
 
     restore_op = torch.library.custom_op(
         name + "_restore", restore, mutates_args=(), schema="(Tensor[] blob, str layer, str kernel) -> Tensor[]"
     )
     restore_op.register_fake(empty)
     weight_op = torch.library.custom_op(
-        name + "_weight",
-        weight,
-        mutates_args=(),
-        schema="(Tensor[] tensors, Tensor[] blob, str layer, str kernel, ScalarType dtype) -> Tensor",
+        name + "_weight", weight, mutates_args=(), schema="(Tensor[] tensors, str layer, ScalarType dtype) -> Tensor"
     )
     weight_op.register_fake(
-        lambda tensors, blob, layer, kernel, dtype: (tensors or blob)[0].new_empty(
-            Layer.from_key(layer).shape, dtype=dtype
-        )
+        lambda tensors, layer, dtype: tensors[0].new_empty(Layer.from_key(layer).shape, dtype=dtype)
     )
 
     op = torch.library.custom_op(
@@ -244,7 +238,9 @@ def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., l
     def gradient(ctx: Any, grad_TN: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         saved = list(ctx.saved_tensors)
         tensors, blob = saved[: ctx.tensors], saved[ctx.tensors :]
-        grad_TK = grad_TN @ weight_op(tensors, blob, ctx.layer, ctx.kernel, grad_TN.dtype)
+        named = dict(zip(names(ctx.layer, ctx.kernel), tensors, strict=True))
+        named |= fmt.restore(blob, Layer.from_key(ctx.layer), ctx.kernel)
+        grad_TK = grad_TN @ weight_op([named[n] for n in sorted(named)], ctx.layer, grad_TN.dtype)
         return grad_TK, [None] * len(tensors), [None] * len(blob), None, None
 
     op.register_autograd(gradient, setup_context=save)

@@ -52,8 +52,8 @@ def release_mapped(tensor: Tensor) -> None:
     Other tensors of the file keep all of it mapped. No value changes: what is read again comes from the file. Does
     nothing on other systems than Linux, and for files of other users.
     """
-    if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.untyped_storage().nbytes() <= tensor.nbytes:
-        return  # what has its own storage is freed with it
+    if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.untyped_storage().resizable():
+        return  # torch's own memory is freed with the tensor
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
     if size > 0:
