@@ -144,7 +144,7 @@ class QuantLinear(Packed, nn.Linear):
             codes = {n: t.to(dtype) if t.is_floating_point() else t for n, t in low.named.items()}
             coded = factor_layers(q.shape, low.down.shape[0], low.down.spec), codes
         elif low is not None:
-            down, up = low.down_RK.to(dtype), low.up_NR.to(dtype)
+            down, up = (f.to(dtype, copy=True).contiguous() for f in (low.down_RK, low.up_NR))  # one a layer
         sparse = None if sparse is None else replace(sparse, values=sparse.values.to(dtype))
         scale = None if pre_scale is None else pre_scale.to(dtype)
         constants = [b.b_N.float() for b in branches if isinstance(b, Constant)]
