@@ -31,7 +31,13 @@ def start(*words: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_hear_ctrl_c,
     )
+
+
+def _hear_ctrl_c() -> None:
+    """A shell's background jobs ignore it, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*words: object) -> tuple[str, str]:
@@ -195,7 +201,7 @@ def test_a_run_that_was_stopped_twice_goes_on_to_the_same_bytes(
             finished = list(tmp_path.rglob("*.run/*.safetensors"))
         process.send_signal(how)
         _, err = process.communicate(timeout=60)
-        assert process.returncode == code
+        assert process.returncode == code, err
         assert err.startswith(told)
         assert len(err.splitlines()) == (1 if told else 0)
         assert not out.exists()

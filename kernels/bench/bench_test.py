@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_quant.kernels.bench import decoding, linear, run, tables
+from hf_quant.kernels.bench import cpu, decoding, linear, run, tables
 from hf_quant.kernels.bench.contenders import CONTENDERS, Contender
 from hf_quant.kernels.bench.timing import interleaved
 
@@ -60,19 +60,38 @@ def test_what_there_is_no_time_for_is_listed() -> None:
 
 
 def test_tables_come_from_the_json(measured: dict[str, Any]) -> None:
-    text = tables.written(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow", [measured])
+    text = tables.put("above\n<!-- x -->\nold\n<!-- /x -->\nbelow", "x", tables.figures([measured]))
     assert "old" not in text
     assert text.startswith("above\n")
     assert text.endswith("\nbelow")
     times = measured["linear"]["rows"][0]["microseconds"]
     assert f"| {times['torch'] / times['int8-act W8A8']:.2f} |" in text
     assert "absent (ImportError" in text
-    assert "On GPUs: not measured." in tables.written(text, [])
+    assert tables.figures([]) == "On GPUs: not measured."
 
 
-def test_readme_has_the_figures_of_the_results() -> None:
-    readme = Path(__file__).parents[1] / "README.md"
-    assert tables.written(readme.read_text(), tables.all_results()) == readme.read_text()
+@pytest.mark.parametrize(("folder", "marks"), [(2, ["memory"]), (1, ["figures", "cpu"])])
+def test_readmes_have_the_figures_of_the_results(folder: int, marks: list[str]) -> None:
+    text = (Path(__file__).parents[folder] / "README.md").read_text()
+    assert all(f"<!-- {mark} -->" in text for mark in marks)
+    assert tables.written(text) == text
+
+
+def test_a_packed_model_is_as_small_as_the_project_asks() -> None:
+    sizes = json.loads(tables.MEMORY.read_text())["bytes"]
+    ratio = sizes["W4 g128"]["after_a_forward"] / sizes["bf16"]["after_a_forward"]
+    assert ratio < 0.35
+    assert f"{ratio:.2f} (W4 g128)" in tables.memory_figures(json.loads(tables.MEMORY.read_text()))
+
+
+def test_every_layer_is_measured_on_cpu() -> None:
+    result = cpu.measure((32, 64), (1, 5), seconds=0)
+    times = result["milliseconds"]
+    assert all(list(row) == ["1", "5"] and min(row.values()) > 0 for row in times.values())
+    assert {f"{name}: {cpu.REFERENCE}" for name in cpu.LAYERS} < set(times)
+    assert {f"W{bits} g64: {cpu.RUNS}" for bits in (2, 3)} < set(times)
+    ratio = times[f"W2 g64: {cpu.REFERENCE}"]["5"] / times[f"W2 g64: {cpu.RUNS}"]["5"]
+    assert f"{ratio:.2f} |" in tables.cpu_figures(result)
 
 
 def test_contenders_take_turns() -> None:

@@ -1,6 +1,8 @@
-"""The tables of a README, written from the JSON in `results/`: `python kernels/bench/tables.py kernels/README.md`.
+"""The figures of the READMEs, written from JSON: `python kernels/bench/tables.py README.md kernels/README.md`.
 
-They stand between `<!-- figures -->` and `<!-- /figures -->`. Without any JSON they say that nothing was measured.
+They stand between marks: `<!-- figures -->` and `<!-- /figures -->` for GPUs (`results/`), `cpu` for products on CPU
+(`cpu.json`), `memory` for resident memory (`cpu_memory.json` of examples/benchmarks). Without any JSON of a GPU they
+say that nothing was measured.
 """
 
 import json
@@ -9,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+HERE = Path(__file__).parent
+RESULTS, CPU = HERE / "results", HERE / "cpu.json"
+MEMORY = HERE.parents[1] / "examples" / "benchmarks" / "results" / "cpu_memory.json"
 
 
 def figures(results: Iterable[Mapping[str, Any]]) -> str:
@@ -54,10 +57,52 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def written(text: str, results: Iterable[Mapping[str, Any]]) -> str:
-    """The text with the figures in their place."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{figures(results)}\n{END}{rest.split(END)[1]}"
+def cpu_figures(result: Mapping[str, Any]) -> str:
+    """Layers as they run, beside torch's bfloat16 and beside the reference."""
+    times, dense = result["milliseconds"], result["milliseconds"]["bf16 linear"]
+    layers = dict.fromkeys(name.split(": ")[0] for name in times if ": " in name)
+    reference = {n: times[f"{n}: dequantize and multiply"] for n in layers}
+    runs = {n: times.get(f"{n}: as it runs", reference[n]) for n in layers}
+    shape, versions = " x ".join(map(str, result["shape"])), ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+    parts = [f"{shape}; {versions}."]
+    for title, base in (
+        ("Times torch's bf16 product", dict.fromkeys(layers, dense)),
+        ("Times dequantizing and multiplying in bf16", reference),
+    ):
+        rows = [[n, *(f"{base[n][t] / runs[n][t]:.2f}" for t in dense)] for n in layers]
+        parts.append(f"{title}; columns are tokens:\n\n" + _table(["", *dense], rows))
+    parts.append("torch's bf16 product, milliseconds: " + ", ".join(f"{v:g}" for v in dense.values()) + ".")
+    return "\n\n".join(parts)
+
+
+def memory_figures(result: Mapping[str, Any]) -> str:
+    """One sentence: resident memory after a forward, as a share of bfloat16's."""
+    sizes = result["bytes"]
+    whole = sizes["bf16"]["after_a_forward"]
+    shares = " and ".join(
+        f"{row['after_a_forward'] / whole:.2f} ({name})" for name, row in sizes.items() if name != "bf16"
+    )
+    return (
+        f"On CPU a model that has run keeps its codes once: resident memory is {shares} of bfloat16's\n"
+        f"{whole / 1e6:.0f} MB for a Llama-shaped model with random weights (torch {result['machine']['torch']}, "
+        "`examples/benchmarks/cpu_memory.py`)."
+    )
+
+
+def put(text: str, name: str, content: str) -> str:
+    """The text with the content between the marks of this name, where it has them."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in text:
+        return text
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def written(text: str) -> str:
+    """The text with all that was measured in its places."""
+    text = put(text, "figures", figures(all_results()))
+    text = put(text, "cpu", cpu_figures(json.loads(CPU.read_text())))
+    return put(text, "memory", memory_figures(json.loads(MEMORY.read_text())))
 
 
 def all_results() -> list[dict[str, Any]]:
@@ -68,4 +113,4 @@ def all_results() -> list[dict[str, Any]]:
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         file = Path(name)
-        file.write_text(written(file.read_text(), all_results()))
+        file.write_text(written(file.read_text()))
