@@ -185,8 +185,8 @@ def test_loras_of_a_pipeline(flux: nn.Module, tmp_path: Path) -> None:
     FluxPipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(flux))
     others = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=base, **others)
-    pipeline.load_lora_weights(tmp_path, adapter_name="one")
-    pipeline.load_lora_weights(tmp_path, adapter_name="two")
+    for name in ("one", "two"):
+        pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors", adapter_name=name)
     pipeline.set_adapters(["one"])
     assert torch.equal(output(base), adapted)
     pipeline.set_adapters(["one", "two"], [0.0, 0.0])
