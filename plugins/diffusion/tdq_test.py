@@ -171,4 +171,5 @@ def test_claim_against_static_intervals(name: str, diffusion_judges, claims) -> 
         f"error of the pictures below that with static learned intervals, w4a4, {name}",
         ours=ours,
         theirs=theirs,
+        reproduced=False,  # a tie on three seeds: 1.02 on the U-Net, 1.00 on the transformer
     )

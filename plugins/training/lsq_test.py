@@ -31,8 +31,8 @@ def test_invariant_gradient_of_the_step_size(judge, claims) -> None:
 def test_claim(judge, claims) -> None:
     ours = [judge.kl("lsq", seed=s, **TWO, **SHORT) for s in range(2)]
     theirs = [judge.kl("gptq-refined", seed=s, **TWO) for s in range(2)]
-    statement = "KL below that of gptq-refined, where it begins, after 20 steps of 4 windows, 2 bits (tiny-lm)"
-    claims.order("lsq", statement, ours=ours, theirs=theirs, factor=0.9)
+    statement = "KL at most 0.9 of gptq-refined's, where it begins, after 20 steps of 4 windows, 2 bits (tiny-lm)"
+    claims.order("lsq", statement, ours=ours, theirs=theirs, factor=0.9, reproduced=False)
 
 
 def test_scaled_gradient() -> None:
