@@ -18,7 +18,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PipelineQuantizationConfig,
-    UNet2DModel,
 )
 
 import hf_quant
@@ -26,6 +25,7 @@ from hf_quant import QuantConfig
 from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.pipelines import is_pipeline
 from hf_quant.runtime.packed import Packed
+from hf_quant.timesteps_test import unet
 
 RTN = QuantConfig("rtn", bits=4, group_size=32)
 INT8 = QuantConfig("int8-default")
@@ -47,19 +47,7 @@ def dit_pipeline() -> Any:
 
 
 def unet_pipeline() -> Any:
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-    return quiet(DDIMPipeline(unet.eval(), DDIMScheduler()))
+    return quiet(DDIMPipeline(unet(), DDIMScheduler()))
 
 
 def quiet(pipeline: Any) -> Any:
