@@ -9,8 +9,8 @@ from pathlib import Path
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.evaluate_pipeline import evaluate_pipeline
-from hf_quant.loading_pipeline import load_pipeline
+from hf_quant.diffusion.loading_pipeline import load_pipeline
+from hf_quant.measure.evaluate_pipeline import evaluate_pipeline
 
 MODELS = Path(__file__).resolve().parent / "models"
 SOURCE = sys.argv[1] if len(sys.argv) > 1 else MODELS / "digits-dit"

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from hf_quant import QuantConfig
-from hf_quant.evaluate import evaluate
+from hf_quant.measure.evaluate import evaluate
 
 HERE = Path(__file__).resolve().parent
 ORIGINAL = HERE / "models" / "tiny-lm"  # 5.2M parameters, trained on the Python documentation

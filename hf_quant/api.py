@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from hf_quant.config import QuantConfig
-from hf_quant.drawing import Drawing
+from hf_quant.diffusion.drawing import Drawing
+from hf_quant.diffusion.pipelines import is_pipeline, quantize_pipeline
 from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.integrations.finish import refuse_quantized, run_quantizer
-from hf_quant.pipelines import is_pipeline, quantize_pipeline
 from hf_quant.plan import Plan, make_plan
 from hf_quant.recipe import Recipe
 from hf_quant.report import Report

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_quant.errors import CheckpointError
 from hf_quant.integrity import Stored, dtype_name
-from hf_quant.resources import release_freed
+from hf_quant.running.resources import release_freed
 from hf_quant.runtime.apart import can_take_apart, stand_in_for
 from hf_quant.runtime.embedding import QuantEmbedding, retie
 from hf_quant.runtime.linear import QuantLinear

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_quant.budget import Budget
-from hf_quant.calibration import Calibration
+from hf_quant.allocation.budget import Budget
+from hf_quant.allocation.mixed import budgeted
+from hf_quant.data.calibration import Calibration
 from hf_quant.errors import CheckpointError, ConfigError
 from hf_quant.method import method_named
-from hf_quant.mixed import budgeted
 from hf_quant.recipe import HfQuantizer, Job, Recipe
 
 VERSION = 1  # of the JSON; a newer one is refused
@@ -32,7 +32,7 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
         method: id of a method; `hf_quant.list_methods()` names them all.
         bits: bits per weight; None: the method's default.
         budget: instead of `bits`: how large the model may become; bits are then chosen layer by layer. "3.2 bits" a
-            quantized weight on average, or "6.5 GB" in all; or a dict of the fields of `hf_quant.budget.Budget`.
+            quantized weight on average, or "6.5 GB" in all; or a dict of the fields of `allocation.budget.Budget`.
         group_size: weights sharing a scale along the input axis, -1 for one scale per output channel.
         calibration: list of texts, a `datasets.Dataset`, a path, token ids `[n, S]`, or model-input dicts. Not saved.
         processor: tokenizer for texts; None: the one that lies beside the model is loaded. Not saved.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_quant.evaluation import Evaluation
+from hf_quant.measure.evaluation import Evaluation
 from hf_quant.report import Entry, Report
 from hf_quant.spec import Spec, act_spec, int_spec
 

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_quant.config import QuantConfig
 from hf_quant.errors import UnsupportedModel
 from hf_quant.groups import find_groups
-from hf_quant.pairs import link
-from hf_quant.rewrite import fold
+from hf_quant.rewriting.pairs import link
+from hf_quant.rewriting.rewrite import fold
 from hf_quant.sites import Site, SiteGroup, walk
 from hf_quant.stages.transform import Diagonal
 

@@ -15,27 +15,27 @@ from torch import Tensor, nn
 
 from hf_quant.capture import Recording, collect, record, run_model
 from hf_quant.coverage import matches
-from hf_quant.distributed import reduce_states, union
+from hf_quant.diffusion.timesteps import Timed
 from hf_quant.errors import CalibrationError
-from hf_quant.fisher import fisher_states, of_inputs
 from hf_quant.groups import find_groups, inside
 from hf_quant.install import install
+from hf_quant.learning.fisher import fisher_states, of_inputs
+from hf_quant.learning.tuning import Surroundings, tune, updated
 from hf_quant.ledger import site_bits
-from hf_quant.memo import Memo
 from hf_quant.plan import Plan, SitePlan
-from hf_quant.progress import track
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry
-from hf_quant.rewrite import float_weight
-from hf_quant.run_dir import RunDir
+from hf_quant.rewriting.rewrite import float_weight
+from hf_quant.rewriting.transforming import Transforming
+from hf_quant.running.distributed import reduce_states, union
+from hf_quant.running.memo import Memo
+from hf_quant.running.progress import track
+from hf_quant.running.run_dir import RunDir
 from hf_quant.sites import SiteGroup, covering
 from hf_quant.solve import Solved, Split, solve
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.tuner import Tuner, Unit
 from hf_quant.stats import Stat, State
-from hf_quant.timesteps import Timed
-from hf_quant.transforming import Transforming
-from hf_quant.tuning import Surroundings, tune, updated
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ from hf_quant.install import install
 from hf_quant.plan import Plan, SitePlan, make_plan
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry, Report
-from hf_quant.resources import peak_bytes, release_freed, versions
+from hf_quant.running.resources import peak_bytes, release_freed, versions
 from hf_quant.runtime.apart import can_take_apart, stand_in_for, take_apart
 from hf_quant.runtime.stand_in import StandIn
 from hf_quant.solve import solve

@@ -8,22 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from hf_quant.allocate import allocate
-from hf_quant.distributed import my_share
+from hf_quant.allocation.allocate import allocate
+from hf_quant.diffusion.timesteps import follow_timesteps
 from hf_quant.errors import UnsupportedModel
+from hf_quant.learning.trained import train
 from hf_quant.loop import Loop
 from hf_quant.plan import make_plan, with_units
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Report
-from hf_quant.resources import peak_bytes, versions
-from hf_quant.rotate import rotate_whole
-from hf_quant.rotated_loss import RotatedLoss
-from hf_quant.run_dir import RunDir
+from hf_quant.rewriting.rotate import rotate_whole
+from hf_quant.rewriting.rotated_loss import RotatedLoss
+from hf_quant.running.distributed import my_share
+from hf_quant.running.resources import peak_bytes, versions
+from hf_quant.running.run_dir import RunDir
 from hf_quant.runtime.apart import put_back_floats, take_apart
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.transform import WholeTransform
-from hf_quant.timesteps import follow_timesteps
-from hf_quant.trained import train
 
 
 def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
@@ -97,7 +97,7 @@ def describe_batches(batches: Sequence[Batch], job: Job) -> dict[str, Any]:
     """Source, seed, samples, tokens and fingerprint of the calibration data; empty when none was used."""
     if not batches:
         return {}
-    from hf_quant.calibration import describe, fingerprint
+    from hf_quant.data.calibration import describe, fingerprint
 
     first = [next(iter(b.values())) for b in batches]
     return {

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_quant
 import hf_quant.loop
-import hf_quant.run_dir
+import hf_quant.running.run_dir
 from hf_quant.config import QuantConfig
 from hf_quant.errors import CalibrationError, ConfigError, RunError, UnsupportedModel, UnsupportedSpec
 from hf_quant.report import Report
@@ -167,7 +167,7 @@ def test_another_job_does_not_resume_it(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
-    lock = hf_quant.run_dir.hold(tmp_path)
+    lock = hf_quant.running.run_dir.hold(tmp_path)
     with pytest.raises(RunError, match="another run"):
         run(small_llama(), run_dir=tmp_path)
     lock.close()
@@ -176,7 +176,7 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_the_finished_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = small_llama()
     run(whole)
-    save, written = hf_quant.run_dir.save_file, []
+    save, written = hf_quant.running.run_dir.save_file, []
 
     def full(*args: object, **kwargs: object) -> None:
         written.append(1)
@@ -184,7 +184,7 @@ def test_a_full_disk_keeps_the_finished_blocks(tmp_path: Path, monkeypatch: pyte
             raise OSError(28, "No space left on device")
         save(*args, **kwargs)
 
-    monkeypatch.setattr(hf_quant.run_dir, "save_file", full)
+    monkeypatch.setattr(hf_quant.running.run_dir, "save_file", full)
     with pytest.raises(RunError, match="disk is full"):
         run(small_llama(), run_dir=tmp_path)
     assert not list(tmp_path.glob("*.part"))

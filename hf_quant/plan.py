@@ -7,14 +7,14 @@ from math import floor, prod
 
 from torch import nn
 
-from hf_quant.budget import Budget
+from hf_quant.allocation.budget import Budget
 from hf_quant.coverage import coverage, matches, small_bits, tied_otherwise, ties, untied_bits
-from hf_quant.distributed import processes
 from hf_quant.errors import ConfigError, UnsupportedModel, UnsupportedSpec
 from hf_quant.formats import Layer, PackedFormat, format_for, format_named
 from hf_quant.method import did_you_mean
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry
+from hf_quant.running.distributed import processes
 from hf_quant.runtime.experts import Experts
 from hf_quant.sites import Site, find_blocks, kept_reason, walk
 from hf_quant.stages.sampler import Batch

@@ -418,7 +418,7 @@ def test_two_runs_at_once(model: Path, tmp_path: Path) -> None:
 
 
 def test_one_run_directory_serves_one_run(tmp_path: Path) -> None:
-    from hf_quant.locks import hold
+    from hf_quant.running.locks import hold
 
     (tmp_path / "run").mkdir()
     config = QuantConfig("gptq", group_size=32, run_dir=tmp_path / "run")

@@ -8,7 +8,7 @@ import pytest
 from diffusers import DiffusionPipeline
 
 import hf_quant
-from hf_quant.drawing_test import unet_pipeline
+from hf_quant.diffusion.drawing_test import unet_pipeline
 from hf_quant.testing.bench import EXAMPLES
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_quant.evaluate import lm_eval
+from hf_quant.measure.evaluate import lm_eval
 
 pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
 

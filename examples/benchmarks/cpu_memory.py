@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.resources import Peak, release_freed, versions
+from hf_quant.running.resources import Peak, release_freed, versions
 
 # The embedding and the head are 4 % of the weights and stay as they are, as in Llama-2-7B.
 SIZES = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 12, "vocab_size": 3072}

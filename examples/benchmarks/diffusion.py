@@ -20,11 +20,11 @@ import numpy as np
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.evaluate_pipeline import evaluate_pipeline
-from hf_quant.evaluation import PipelineEvaluation
-from hf_quant.loading_pipeline import load_pipeline
-from hf_quant.plots import save_png, timestep_figure
-from hf_quant.resources import versions
+from hf_quant.diffusion.loading_pipeline import load_pipeline
+from hf_quant.measure.evaluate_pipeline import evaluate_pipeline
+from hf_quant.measure.evaluation import PipelineEvaluation
+from hf_quant.pages.plots import save_png, timestep_figure
+from hf_quant.running.resources import versions
 from hf_quant.testing.bench import pictures
 
 HERE = Path(__file__).resolve().parent

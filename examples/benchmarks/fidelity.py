@@ -28,9 +28,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_quant
-from hf_quant.evaluate import evaluate
-from hf_quant.rate_distortion import rate_gap
-from hf_quant.reference_logits import store
+from hf_quant.allocation.rate_distortion import rate_gap
+from hf_quant.measure.evaluate import evaluate
+from hf_quant.measure.reference_logits import store
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.stats import Gram, Seen, hessian
 

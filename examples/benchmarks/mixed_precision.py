@@ -23,8 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_quant
-from hf_quant.evaluate import evaluate
-from hf_quant.reference_logits import store
+from hf_quant.measure.evaluate import evaluate
+from hf_quant.measure.reference_logits import store
 
 HERE = Path(__file__).resolve().parent
 

@@ -36,10 +36,10 @@ def command(
       hf-quant card OUT --evaluation quality.json
       hf-quant card OUT --repo user/name          [dim]before it is uploaded there[/]
     """
-    from hf_quant.card import save_card
     from hf_quant.errors import CheckpointError, RunError
     from hf_quant.integrations.saving import by_a_person
     from hf_quant.loading import load_model, read_config, require_ours, resolve
+    from hf_quant.pages.card import save_card
     from hf_quant.report import Report
 
     require_ours(read_config(model), model)
@@ -68,7 +68,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, or no evaluation.
     """
     from hf_quant.errors import CheckpointError
-    from hf_quant.evaluation import Evaluation
+    from hf_quant.measure.evaluation import Evaluation
 
     try:
         return Evaluation.from_json(json.loads(file.read_text())).to_json()

@@ -11,7 +11,7 @@ from hf_quant.cli.output import Json, pairs, show, table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hf_quant.doctor import Diagnosis
+    from hf_quant.measure.doctor import Diagnosis
 
 SHOWN = 12
 
@@ -48,8 +48,8 @@ def command(
       hf-quant doctor MODEL ids.npy -m gptq -b 3 -c calib.npy       [dim]and how much the data matters[/]
       hf-quant doctor MODEL ids.npy --input-bits 4 --json | jq -r '.verdict[]'
     """
-    from hf_quant.doctor import diagnose
     from hf_quant.loading import load_model, load_processor, read_config, require_float
+    from hf_quant.measure.doctor import diagnose
     from hf_quant.spec import act_spec
 
     require_float(read_config(model), model)

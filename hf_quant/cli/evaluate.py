@@ -14,7 +14,7 @@ from hf_quant.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from hf_quant.evaluation import Evaluation
+    from hf_quant.measure.evaluation import Evaluation
 
 WINDOW = 512
 TOKENS = 32768
@@ -79,8 +79,8 @@ def command(
       hf-quant evaluate MODEL held-out.txt                 [dim]perplexity of any model[/]
       hf-quant evaluate OUT --reference PIPELINE --classifier VIT --plot error.png
     """
+    from hf_quant.diffusion.loading_pipeline import draws
     from hf_quant.loading import load_model, load_processor, resolve
-    from hf_quant.loading_pipeline import draws
 
     asked = pictures.Asked(
         classifier=classifier,
@@ -121,10 +121,10 @@ def measure(
     device: str | None = None,
 ) -> "Evaluation":
     """`evaluate.evaluate` with windows that fit the model; the card will say `name`, never a path of this machine."""
-    from hf_quant.calibration import context_length
-    from hf_quant.evaluate import evaluate
+    from hf_quant.data.calibration import context_length
     from hf_quant.loading import resolve
-    from hf_quant.reference_logits import INDEX
+    from hf_quant.measure.evaluate import evaluate
+    from hf_quant.measure.reference_logits import INDEX
 
     if reference is not None and not (Path(reference) / INDEX).is_file():
         reference = resolve(reference)

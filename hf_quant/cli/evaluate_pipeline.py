@@ -9,7 +9,7 @@ from hf_quant.cli.output import size
 from hf_quant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hf_quant.evaluation import PipelineEvaluation
+    from hf_quant.measure.evaluation import PipelineEvaluation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ def measure(
     model: str, reference: str | None, data: Path | None, asked: Asked, *, batch_size: int | None, device: str | None
 ) -> "PipelineEvaluation":
     """`evaluate_pipeline` on what lies at these places; the command it keeps names no path of this machine."""
-    from hf_quant.evaluate_pipeline import evaluate_pipeline
+    from hf_quant.measure.evaluate_pipeline import evaluate_pipeline
 
     options = asked.given
     plot, classes, prompts = options.pop("plot", None), options.pop("classes", None), options.pop("prompts", None)
@@ -62,7 +62,7 @@ def measure(
         options["batch_size"] = batch_size
     found = evaluate_pipeline(model, reference, data, device=device, command=shlex.join(words), **options)
     if plot is not None:
-        from hf_quant.plots import save_png, timestep_figure
+        from hf_quant.pages.plots import save_png, timestep_figure
 
         if found.sqnr is None:
             raise ConfigError("--plot draws the error against full precision: name it with --reference")

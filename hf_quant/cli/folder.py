@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hf_quant.errors import RunError
-from hf_quant.locks import hold
+from hf_quant.running.locks import hold
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 OWN = (

@@ -7,7 +7,7 @@ import pytest
 
 from hf_quant.cli.folder import Workplace, copy_side_files, output_folder
 from hf_quant.errors import RunError
-from hf_quant.locks import hold
+from hf_quant.running.locks import hold
 
 
 def write(work: Workplace, text: str = "whole") -> None:

@@ -72,9 +72,9 @@ def _layers(folder: Path, saved: "QuantConfig") -> list[dict[str, Any]]:
     import torch
 
     from hf_quant.checkpoint import build_skeleton, packed_modules
-    from hf_quant.describe import short_spec
     from hf_quant.ledger import site_bits
     from hf_quant.loading import skeleton
+    from hf_quant.pages.describe import short_spec
 
     model = skeleton(folder)
     with torch.device("meta"):

@@ -54,7 +54,7 @@ def command(
       hf-quant leaderboard MODEL ids.npy OUT -c calib.npy -m rtn -m gptq -b 3 -g 64
       hf-quant leaderboard MODEL ids.npy OUT -c calib.npy --json | jq .pareto
     """
-    from hf_quant import leaderboard as board
+    from hf_quant.measure import leaderboard as board
 
     widths = _widths(bits)
     contest = board.Contest(

@@ -122,7 +122,7 @@ def _summary(out: Path, report: "Report") -> dict[str, Any]:
 
 
 def _draw(console: "Console", summary: dict[str, Any]) -> None:
-    from hf_quant.evaluation import Evaluation
+    from hf_quant.measure.evaluation import Evaluation
 
     counts = f"{summary['quantized']} quantized, {summary['kept']} kept, {summary['unsupported']} unsupported"
     lines = [

@@ -28,9 +28,9 @@ def reports_of(pipeline: Any) -> dict[str, Report]:  # noqa: ANN401
 
 def write_beside(pipeline: Any, folder: Path, repo: str | None = None) -> None:  # noqa: ANN401
     """Card, pictures and reports into the folder of a saved pipeline, unless a person wrote the card there."""
-    from hf_quant.card import is_hub_id
     from hf_quant.integrations.saving import by_a_person
-    from hf_quant.pipeline_card import write
+    from hf_quant.pages.card import is_hub_id
+    from hf_quant.pages.pipeline_card import write
 
     reports = reports_of(pipeline)
     if not reports or by_a_person(folder / "README.md"):

@@ -14,9 +14,9 @@ from typing import Any
 from huggingface_hub import ModelCard, hf_hub_download
 from transformers.utils import extract_commit_hash
 
-from hf_quant.card import save_card
 from hf_quant.config import QuantConfig
 from hf_quant.errors import HfQuantError
+from hf_quant.pages.card import save_card
 from hf_quant.report import Report
 
 # A card without one of these was written by a person and is left alone.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_quant.formats import Layer, format_for
-from hf_quant.resources import release_mapped
+from hf_quant.running.resources import release_mapped
 from hf_quant.runtime.embedding import QuantEmbedding, tied_head
 from hf_quant.runtime.laid_out import LaidOut
 from hf_quant.runtime.linear import QuantLinear

@@ -16,7 +16,7 @@ from hf_quant.errors import UnsupportedSpec
 from hf_quant.formats import Layer, PackedFormat, format_named
 from hf_quant.grids import CodebookGrid
 from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest, with_outer, without_outer
-from hf_quant.resources import release_mapped
+from hf_quant.running.resources import release_mapped
 from hf_quant.runtime.laid_out import LaidOut, hold, is_shared
 from hf_quant.runtime.weight_view import WeightView
 from hf_quant.spec import Spec

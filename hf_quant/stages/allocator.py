@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from hf_quant.budget import Budget
+from hf_quant.allocation.budget import Budget
 from hf_quant.sites import linear_shape
 from hf_quant.spec import Spec
 from hf_quant.stages.sampler import Batch

@@ -100,7 +100,7 @@ class ModelLoss:
 class Fisher:
     """`square = sum over samples (d loss / d W)^2` in the float model, before anything is quantized: float64 `[N, K]`.
 
-    A statistic of a weight, not of its input: the loop takes it from gradients (`hf_quant.fisher`). In what a splitter
+    A statistic of a weight, not of its input: the loop takes it from gradients (`fisher.py`). In what a splitter
     is given, it is that of all weights of the group, one above the other.
     """
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from hf_quant.capture import first_tensor, to_device
 from hf_quant.errors import CalibrationError, ConfigError
-from hf_quant.progress import inner
+from hf_quant.running.progress import inner
 from hf_quant.runtime.activation import fake_quantize, pack_input, refuses, round_by_entry, timed
 from hf_quant.sites import linear_shape
 from hf_quant.spec import Spec

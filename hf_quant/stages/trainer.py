@@ -104,6 +104,6 @@ class Qat:
         folder: Path | None = None,
     ) -> Trained:
         """See `Trainer.train`."""
-        from hf_quant.training import train
+        from hf_quant.learning.training import train
 
         return train(self, model, start, batches, seed, folder)

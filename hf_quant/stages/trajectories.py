@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.denoising import PROBE, Denoising, Inputs
+from hf_quant.diffusion.denoising import PROBE, Denoising, Inputs
 from hf_quant.errors import CalibrationError, ConfigError, UnsupportedModel
 from hf_quant.runtime.clock import NAME
 from hf_quant.sites import find_blocks

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, UNet2DModel
 from torch import Tensor
 
-from hf_quant.denoising import Denoising, takes_timestep
-from hf_quant.drawing import Drawing
+from hf_quant.diffusion.denoising import Denoising, takes_timestep
+from hf_quant.diffusion.drawing import Drawing
 from hf_quant.errors import CalibrationError, ConfigError, UnsupportedModel
 from hf_quant.stages.sampler import Batch, model_inputs_of
 from hf_quant.stages.timesteps import DensityDiversity, SkewedNormal

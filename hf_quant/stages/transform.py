@@ -1,4 +1,4 @@
-"""Transform: what function-preserving rewrite first? A transform returns a value; `hf_quant.rewrite` folds it.
+"""Transform: what function-preserving rewrite first? A transform returns a value; `rewriting/rewrite.py` folds it.
 
 A `Transform` looks at one group of layers after the other, block by block, with statistics; a `PairTransform` at a
 group with the layer before it; an `OnlineTransform` at the input of any group; a `JoinTransform` at one that was put

@@ -34,7 +34,7 @@ from hf_quant.ledger import count_bits, true_bits
 from hf_quant.method import DOMAINS, Method
 from hf_quant.recipe import HfQuantizer, Recipe
 from hf_quant.report import Report
-from hf_quant.run_dir import RunDir
+from hf_quant.running.run_dir import RunDir
 from hf_quant.testing.stranger import Stranger
 from hf_quant.testing.subjects import SUBJECTS, Subject
 

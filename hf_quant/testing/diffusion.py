@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.drawing import Call, Drawing, backbone, watched
-from hf_quant.picture_metrics import decibels
+from hf_quant.diffusion.drawing import Call, Drawing, backbone, watched
+from hf_quant.measure.picture_metrics import decibels
 from hf_quant.stages.sampler import Batch
 
 PICTURES = 4

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from hf_quant.capture import record
 from hf_quant.errors import UnsupportedModel
 from hf_quant.groups import find_groups
-from hf_quant.rewrite import fold
+from hf_quant.rewriting.rewrite import fold
 from hf_quant.sites import find_blocks, walk
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.transform import Diagonal

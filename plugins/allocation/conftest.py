@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_quant import QuantConfig
-from hf_quant.budget import Budget
+from hf_quant.allocation.budget import Budget
 from hf_quant.ledger import true_bits
 from hf_quant.recipe import Job, Recipe
 from hf_quant.stages.allocator import Slot

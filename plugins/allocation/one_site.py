@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_quant.capture import first_tensor, run_model
 from hf_quant.errors import UnsupportedModel
-from hf_quant.memo import Memo
+from hf_quant.running.memo import Memo
 from hf_quant.sites import find_blocks
 from hf_quant.stages.allocator import Rounded, Slot, standing_in
 from hf_quant.stages.sampler import Batch

@@ -1,6 +1,6 @@
 """The widths that the methods here choose from: those of a budget, and the one that was asked for."""
 
-from hf_quant.budget import WIDTHS
+from hf_quant.allocation.budget import WIDTHS
 from hf_quant.spec import Spec, int_spec
 
 

@@ -5,7 +5,7 @@ import torch
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.drawing import Drawing, backbone
+from hf_quant.diffusion.drawing import Drawing, backbone
 from hf_quant.testing.diffusion import DiffusionJudge
 
 SAMPLES = 64

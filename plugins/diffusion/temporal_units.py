@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_quant.diffusion.temporal import TemporalBlock, temporal_block
 from hf_quant.errors import UnsupportedModel
 from hf_quant.sites import Site
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.tuner import BlockUnits, Unit, Units
-from hf_quant.temporal import TemporalBlock, temporal_block
 
 NAME = "temporal"
 

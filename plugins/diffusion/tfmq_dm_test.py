@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_quant.drawing import backbone
+from hf_quant.diffusion.drawing import backbone
+from hf_quant.diffusion.temporal import temporal_block
+from hf_quant.diffusion.timesteps_test import STEPS, batches, dit, job, out, tables, unet
 from hf_quant.errors import UnsupportedModel
 from hf_quant.method import method_named
 from hf_quant.pipeline import quantize
@@ -17,10 +19,8 @@ from hf_quant.recipe import Job, Recipe
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.sites import find_blocks, walk
 from hf_quant.stages.tuner import BlockUnits, Unit
-from hf_quant.temporal import temporal_block
 from hf_quant.testing import DiffusionJudge
 from hf_quant.testing.bench import diffusion_judge_on
-from hf_quant.timesteps_test import STEPS, batches, dit, job, out, tables, unet
 
 
 def recipe(**arguments: Any) -> Recipe:

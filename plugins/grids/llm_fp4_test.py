@@ -47,7 +47,7 @@ def test_folding_keeps_the_function(judge, claims) -> None:  # type: ignore[no-u
     """The loop folds and checks; here the same fold alone, seen at the logits, with weights and inputs in 8 bits."""
     from hf_quant.capture import record
     from hf_quant.groups import find_groups
-    from hf_quant.rewrite import fold
+    from hf_quant.rewriting.rewrite import fold
     from hf_quant.sites import find_blocks, walk
 
     model, ids = judge.model(outliers=True), judge.test[:2]

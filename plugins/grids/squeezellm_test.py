@@ -8,8 +8,8 @@ import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.codebooks import fit_codebooks
 from hf_quant.errors import ConfigError
-from hf_quant.fisher import squared_gradients
 from hf_quant.grids import CodebookGrid, FloatGrid
+from hf_quant.learning.fisher import squared_gradients
 from hf_quant.ledger import true_bits
 from hf_quant.plugins.grids.squeezellm import Outliers, squeezellm
 from hf_quant.qtensor import as_blocks

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.capture import first_tensor
+from hf_quant.learning.tuning import Surroundings
 from hf_quant.plugins.rounding.adaround import AdaRound
 from hf_quant.qtensor import QTensor
 from hf_quant.spec import int_spec
@@ -15,7 +16,6 @@ from hf_quant.stages.reconstruction import FisherMse, Mse, Reconstruction
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.solver import Nearest
 from hf_quant.stages.tuner import Example, Fitted, Unit
-from hf_quant.tuning import Surroundings
 
 SETTING = {"bits": 2, "group_size": 64}
 

@@ -85,7 +85,7 @@ def test_an_interrupted_training_goes_on(judge, tmp_path) -> None:
         pass
 
     def run(folder, steps_until_cut=None):
-        from hf_quant import training
+        from hf_quant.learning import training
 
         recipe = from_nearest("lr-qat", **SETTING, steps=10, batch_size=1, rank=4)
         model, before = judge.model(), training._Trainer.compute_loss

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_quant.errors import UnsupportedModel
-from hf_quant.pairs import find_pairs
 from hf_quant.plugins.transforms.dfq import BiasCorrection, Equalize, dfq
 from hf_quant.qtensor import nearest
 from hf_quant.recipe import Job
-from hf_quant.rewrite import fold
+from hf_quant.rewriting.pairs import find_pairs
+from hf_quant.rewriting.rewrite import fold
 from hf_quant.sites import Site, SiteGroup
 from hf_quant.spec import int_spec
 from hf_quant.stages.range import AbsMaxRange

@@ -1,0 +1,1 @@
+"""Calibration data: whatever a user has becomes model inputs."""

@@ -1,0 +1,329 @@
+"""Training by transformers' Trainer: the student has fake-quantized weights, the teacher is the same model without.
+
+Only what the roundings learn is trained and kept in checkpoints; everything else of the Trainer (accelerate, schedules,
+clipping, resuming with the state of optimizer and generators) is as it comes. Without dropout: the student is the model
+that will be evaluated, and the teacher the same without rounding.
+"""
+
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_quant.errors import RunError
+from hf_quant.integrations.recomputing import recompute_activations
+from hf_quant.qtensor import QTensor
+from hf_quant.running.progress import inner
+from hf_quant.stages.fakequant import FakeQuant
+from hf_quant.stages.sampler import Batch, model_inputs_of
+from hf_quant.stages.trainer import Qat, Trained
+
+FILE = "rounding.safetensors"
+HISTORY = "history"  # [steps, 2]: loss and tokens of every step, beside what is learned
+PADDING = {"labels": -100}  # of rows that are shorter than others of their batch; else 0
+
+
+class Student(nn.Module):
+    """A parametrization that can be turned off: the weight as it was is the teacher's. Transposed for Conv1D.
+
+    The rounding is computed again in the backward pass: kept, its steps would take several times the weight's memory.
+    """
+
+    def __init__(self, fake: FakeQuant, transposed: bool) -> None:
+        super().__init__()
+        self.fake, self.transposed, self.on = fake, transposed, True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The rounded weight, in the type of the weight."""
+        if not self.on:
+            return weight
+        W_NK = weight.T if self.transposed else weight
+        again = torch.is_grad_enabled()
+        rounded: Tensor = checkpoint(self.fake, W_NK, use_reentrant=False) if again else self.fake(W_NK)
+        W_NK = rounded.to(weight.dtype)
+        return W_NK.T if self.transposed else W_NK
+
+
+def train(
+    how: Qat,
+    model: nn.Module,
+    start: Mapping[str, QTensor],
+    batches: Sequence[Batch],
+    seed: int,
+    folder: Path | None,
+) -> Trained:
+    """See `stages.trainer.Trainer.train`."""
+    started = time.perf_counter()
+    generator = torch.Generator().manual_seed(seed)
+    students: dict[str, Student] = {}
+    modules = {name: model.get_submodule(name) for name in start}
+    was = {n: p.requires_grad for n, p in model.named_parameters()}
+    training = model.training
+    model.requires_grad_(False)
+    if how.gradient_checkpointing:
+        recompute_activations(model)
+    with tempfile.TemporaryDirectory() as scratch, torch.enable_grad(), _own_generators():
+        try:
+            for name, q in start.items():
+                module = modules[name]
+                transposed = not isinstance(module, nn.Linear)
+                weight: Tensor = module.weight  # type: ignore[assignment]
+                with torch.no_grad():
+                    fake = how.rounding.start(weight.T if transposed else weight, q, generator)
+                students[name] = Student(fake.to(weight.device), transposed)
+                parametrize.register_parametrization(module, "weight", students[name], unsafe=True)
+            rows = _rows(batches)
+            trainer = _Trainer(how, model, students, rows, seed, folder or Path(scratch), keep=folder is not None)
+            history = trainer.run()
+            probe = _collate(rows[:1])
+            with torch.no_grad():
+                said = (probe, model.eval()(**trainer._prepare_inputs(dict(probe))).logits)
+                weights = {n: s.fake.export(_original(modules[n], s)) for n, s in students.items()}
+            branches = {n: b for n, s in students.items() if (b := s.fake.branch()) is not None}
+            learned = [p for s in students.values() for p, _ in s.fake.learned()]
+            state = [t for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+        finally:
+            for name in students:
+                module = modules[name]
+                if parametrize.is_parametrized(module, "weight"):
+                    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(was[name])
+            model.train(training)
+            if how.gradient_checkpointing:
+                recompute_activations(model, on=False)
+    measured = {
+        "steps": float(how.steps),
+        "tokens": sum(tokens for _, tokens in history),
+        "first_loss": history[0][0],
+        "last_loss": sum(loss for loss, _ in history[-10:]) / len(history[-10:]),
+        "seconds": time.perf_counter() - started,
+        "trained": float(sum(p.numel() for p in learned)),
+        "optimizer_bytes": float(sum(t.numel() * t.element_size() for t in state)),
+    }
+    return Trained(weights, measured, branches, said)
+
+
+def _original(module: nn.Module, student: Student) -> Tensor:
+    weight: Tensor = module.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+    return weight.T if student.transposed else weight
+
+
+def _rows(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """Micro-batches as single samples."""
+    inputs = [model_inputs_of(b) for b in batches]
+    return [{k: v[i] for k, v in b.items()} for b in inputs for i in range(len(next(iter(b.values()))))]
+
+
+def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One batch of rows, shorter ones padded on the right (and masked)."""
+    batch = {n: pad_sequence([r[n] for r in rows], True, PADDING.get(n, 0)) for n in rows[0]}
+    lengths = torch.tensor([len(next(iter(r.values()))) for r in rows])
+    if "input_ids" in batch and "attention_mask" not in batch and len(lengths.unique()) > 1:
+        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return batch
+
+
+class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
+    """transformers' Trainer with our loss, our parameter groups, and checkpoints of what is learned alone."""
+
+    def __init__(
+        self,
+        how: Qat,
+        model: nn.Module,
+        students: Mapping[str, Student],
+        rows: list[dict[str, Tensor]],
+        seed: int,
+        folder: Path,
+        *,
+        keep: bool,
+    ) -> None:
+        self.how, self.students = how, students
+        self.history: list[tuple[float, float]] = []
+        self.keep = keep
+        self.bar = iter(inner(range(how.steps), description="steps", total=how.steps))
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=how.steps,
+            per_device_train_batch_size=how.batch_size,
+            lr_scheduler_type="constant_with_warmup" if how.schedule == "constant" else how.schedule,
+            warmup_steps=max(1, how.steps // 10),
+            max_grad_norm=how.clip,
+            save_strategy="steps" if keep else "no",
+            save_steps=max(1, how.steps // 10),
+            save_total_limit=1,
+            logging_strategy="no",
+            disable_tqdm=True,
+            report_to=[],
+            seed=seed,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            remove_unused_columns=False,
+        )
+        super().__init__(model, arguments, train_dataset=rows, data_collator=_collate, callbacks=[_Steps(self)])
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.can_return_loss = True
+
+    def run(self) -> list[tuple[float, float]]:
+        """Train, from the last checkpoint if there is one; loss and tokens of every step."""
+        from transformers.trainer_utils import get_last_checkpoint
+
+        folder = Path(self.args.output_dir)
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        with _quiet():
+            self.train(resume_from_checkpoint=last)
+        for _ in self.bar:
+            pass  # a bar that stays open would stay on the screen
+        if self.keep:
+            for older in folder.glob("checkpoint-*"):
+                if older.name != f"checkpoint-{self.how.steps}":
+                    shutil.rmtree(older)
+        return self.history
+
+    def create_optimizer(self, model: Any = None) -> Any:  # noqa: ANN401
+        """AdamW, a group a learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for student in self.students.values():
+            for parameter, rate in student.fake.learned():
+                groups.setdefault(rate, []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": p, "lr": rate} for rate, p in groups.items()], betas=(0.9, 0.95), weight_decay=0.0
+        )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: Any,  # noqa: ANN401
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """The loss of `Qat`, and the penalties of the roundings."""
+        distill, mask = self.how.distill, inputs.get("attention_mask")
+        _as_evaluated(model)
+        if distill < 1 and "labels" not in inputs and "input_ids" in inputs:
+            ids = inputs["input_ids"]
+            inputs = {**inputs, "labels": ids if mask is None else ids.masked_fill(mask == 0, -100)}
+        out = model(**inputs)
+        loss = torch.zeros((), device=out.logits.device)
+        if distill > 0:
+            with torch.no_grad(), self._teacher():
+                target = model(**inputs).logits.float().log_softmax(-1)
+            mine = out.logits.float().log_softmax(-1)
+            away = F.kl_div(mine, target, log_target=True, reduction="none").sum(-1)
+            loss = distill * (away.mean() if mask is None else away[mask != 0].mean())
+        if distill < 1:
+            loss = loss + (1 - distill) * out.loss
+        self._keep(float(loss.detach()), float(next(iter(inputs.values())).numel() if mask is None else mask.sum()))
+        progress = self.state.global_step / max(1, self.how.steps)
+        for student in self.students.values():
+            penalty = student.fake.anneal(progress)
+            if penalty is not None:
+                loss = loss + penalty
+        return (loss, out) if return_outputs else loss
+
+    def _keep(self, loss: float, tokens: float) -> None:
+        if not math.isfinite(loss):
+            raise RunError(
+                f"training diverged: the loss is {loss} at step {len(self.history) + 1} of {self.how.steps}; give a "
+                "smaller learning rate (lr=...), or a number of type bfloat16 or float32 to what is float16"
+            )
+        self.history.append((loss, tokens))
+        next(self.bar, None)
+
+    @contextmanager
+    def _teacher(self) -> Iterator[None]:
+        for student in self.students.values():
+            student.on = False
+        try:
+            yield
+        finally:
+            for student in self.students.values():
+                student.on = True
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({**self._learned(), HISTORY: torch.tensor(self.history, dtype=torch.float64)}, folder / FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
+        kept = load_file(Path(resume_from_checkpoint) / FILE)
+        self.history = [(loss, tokens) for loss, tokens in kept[HISTORY].tolist()]
+        for _ in self.history:
+            next(self.bar, None)
+        with torch.no_grad():
+            for name, tensor in self._learned().items():
+                tensor.copy_(kept[name])
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {
+            f"{site}.{i}": parameter.data
+            for site, student in self.students.items()
+            for i, (parameter, _) in enumerate(student.fake.learned())
+        }
+
+
+class _Steps(TrainerCallback):  # type: ignore[misc]  # an untyped base
+    """Tells the roundings of every step."""
+
+    def __init__(self, trainer: _Trainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Gradients are there."""
+        for student in self.trainer.students.values():
+            student.fake.before_step()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Parameters have moved."""
+        for student in self.trainer.students.values():
+            student.fake.after_step()
+
+
+def _as_evaluated(model: nn.Module) -> None:
+    """Eval mode (the Trainer sets the other), but for layers that compute their activations again."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+@contextmanager
+def _own_generators() -> Iterator[None]:
+    """The Trainer seeds the global generators; they are put back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the Trainer's remarks on end-of-text tokens."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

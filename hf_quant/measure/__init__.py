@@ -1,0 +1,1 @@
+"""What a quantized model is worth: measured beside full precision, method beside method, part by part."""

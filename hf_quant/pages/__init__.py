@@ -1,0 +1,1 @@
+"""What people read: the model card, the report as a page, plots."""

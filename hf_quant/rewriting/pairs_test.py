@@ -1,0 +1,111 @@
+"""Pairs are found by what a block does: names here say nothing, and what only looks like a pair is none."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_quant.rewriting.pairs import Pair, find_pairs
+from hf_quant.rewriting.rewrite import fold
+from hf_quant.sites import Site, SiteGroup
+from hf_quant.stages.transform import Diagonal
+
+X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Attention(nn.Module):
+    """Two value heads of width 4, each read by two query heads: tiles=False repeats heads, True all of them in turn."""
+
+    def __init__(self, tiles: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 16)
+        self.tiles = tiles
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (-1, 4)).transpose(1, 2) for m in (self.a, self.b, self.c))
+        k, v = (t.repeat(1, 2, 1, 1) if self.tiles else t.repeat_interleave(2, 1) for t in (k, v))
+        return self.d(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """`kind`: gated, relu (homogeneous), gelu (not), twice (a sum reads it besides)."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 12), nn.Linear(16, 12), nn.Linear(12, 16)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.b(x)
+        if self.kind == "gated":
+            return self.c(F.silu(self.a(x)) * b)
+        y = self.c(F.gelu(b) if self.kind == "gelu" else F.relu(b))
+        return y + b.sum(-1, keepdim=True) if self.kind == "twice" else y
+
+
+class Cnn(nn.Module):
+    """Convolution, batch norm, ReLU, convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)
+        for tensor in (self.n.weight, self.n.bias, self.n.running_mean):
+            nn.init.uniform_(tensor, 0.2, 1.5)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.n(self.a(x))))
+
+
+def found(block: nn.Module, reader: str, x: Tensor = X) -> Pair | None:
+    torch.manual_seed(0)
+    pairs = find_pairs(block.double().eval(), lambda b: b(x), [(reader,)])
+    return pairs[0] if pairs else None
+
+
+def keeps_the_function(block: nn.Module, pair: Pair, x: Tensor, shift: bool = False) -> None:
+    """Folding random scales (and shifts) over the pair changes nothing, in float64."""
+    before = block(x)
+    reader = block.get_submodule(pair.readers[0])
+    K = reader.weight.shape[1]
+    g = torch.Generator().manual_seed(1)
+    site = Site(pair.readers[0], "linear", (reader.weight.shape[0], K))
+    group = SiteGroup((site,), pair.producer, pair.channels_K)
+    z = torch.randn(K, generator=g, dtype=torch.float64) if shift else None
+    fold(block, group, Diagonal(torch.rand(K, generator=g, dtype=torch.float64) * 4 + 0.1, z))
+    assert (block(x) - before).abs().max() < 1e-10
+
+
+def test_values_and_the_layer_that_reads_them() -> None:
+    for tiles in (False, True):
+        pair = found(block := Attention(tiles), "d")
+        assert pair is not None
+        assert (pair.producer, pair.head, pair.shifts) == ("c", 4, True)
+        want = torch.arange(8).repeat(2) if tiles else torch.arange(8).view(2, 1, 4).expand(2, 2, 4).flatten()
+        assert torch.equal(pair.channels_K, want)
+        keeps_the_function(block, pair, X, shift=True)
+
+
+def test_a_gated_mlp_passes_scales_through_its_ungated_half() -> None:
+    pair = found(block := Mlp("gated"), "c")
+    assert pair is not None
+    assert (pair.producer, pair.head, pair.shifts) == ("b", 1, False)
+    keeps_the_function(block, pair, X)
+
+
+def test_a_homogeneous_activation_does_and_others_do_not() -> None:
+    pair = found(block := Mlp("relu"), "c")
+    assert pair is not None
+    assert (pair.producer, pair.head, pair.shifts) == ("b", 1, False)
+    keeps_the_function(block, pair, X)
+    assert found(Mlp("gelu"), "c") is None
+
+
+def test_a_producer_with_another_reader_is_none() -> None:
+    assert found(Mlp("twice"), "c") is None
+
+
+def test_a_batch_norm_is_the_producer_of_the_convolution_after_it() -> None:
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pair = found(block := Cnn(), "b", x)
+    assert pair is not None
+    assert (pair.producer, pair.head) == ("n", 1)
+    keeps_the_function(block, pair, x)
