@@ -11,7 +11,7 @@ the last ones round.
 Shapes: W_NK weight; H_KK; scale and zero `[N, K / group_size]`.
 Differs from the paper: ranges are searched (`clip_steps=1`: from min to max), weighed by the diagonal of H, and groups
 have their own; the last two sweeps round, so that the last starts from a feasible point; it ends early when no value
-moves. The form with outliers in a matrix of their own is not built.
+moves. The form with outliers in a matrix of their own is `quantease-outlier`.
 """
 
 from dataclasses import dataclass
