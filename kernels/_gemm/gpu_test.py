@@ -119,7 +119,7 @@ def test_float8(block: tuple[int, int]) -> None:
     tokens = Spec(grid=E4M3, block=(1, -1), index="token", range="dynamic", scale=FloatGrid("float32"))
     layer = Layer((300, 512), Spec(grid=E4M3, block=block, scale=FloatGrid("float32")), tokens)
     tensors = fmt.pack(refit(torch.randn(layer.shape, device=GPU), layer.weights))
-    kernel = next(k for k in fmt.kernels if k.name == "triton")
+    kernel = next(k for k in fmt.kernels if k.name == "triton-float8")
     x = torch.randn(70, 512, device=GPU).bfloat16()
     y = kernel.run(x, tensors, kernel.prepare(tensors, layer, x.dtype), layer)
     torch.testing.assert_close(y, fmt.reference(x, tensors, layer), rtol=2e-2, atol=2e-1)

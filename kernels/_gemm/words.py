@@ -51,8 +51,17 @@ class Shuffle:
 
     def pack(self, codes_NK: Tensor) -> Tensor:
         """uint8 `[N, K]` -> int32 `[N / 16, K / columns, words, 128]`, some rows at a time."""
-        step = max(1, SLICE // (ROWS * max(1, codes_NK.shape[1]))) * ROWS
+        step = self._blocks_at_once(codes_NK.shape[1]) * ROWS
         return torch.cat([self._pack(codes_NK[start : start + step]) for start in range(0, len(codes_NK), step)])
+
+    def unpack(self, words: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Inverse of `pack`: the codes again, uint8 `[N, K]`."""
+        step = self._blocks_at_once(shape[1])
+        parts = [self._unpack(words[start : start + step], shape[1]) for start in range(0, len(words), step)]
+        return torch.cat(parts)[: shape[0]]
+
+    def _blocks_at_once(self, K: int) -> int:
+        return max(1, SLICE // (ROWS * max(1, K)))
 
     def _pack(self, codes_NK: Tensor) -> Tensor:
         (N, K), (nb, kb) = codes_NK.shape, self.blocks((codes_NK.shape[0], codes_NK.shape[1]))
@@ -71,3 +80,18 @@ class Shuffle:
             low += width
         packed = torch.cat(words, 2)
         return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
+
+    def _unpack(self, words: Tensor, K: int) -> Tensor:
+        (nb, kb), codes, low, first = words.shape[:2], 0, 0, 0
+        half = 16 * torch.arange(2, device=words.device)[:, None]
+        for width in self.parts:
+            fields, count = 16 // width, self.planes * width // 16
+            shift = width * torch.arange(fields, device=words.device)[:, None, None] + half
+            part = words[:, :, first : first + count, None, None] >> shift & ((1 << width) - 1)
+            codes, low, first = codes | part.to(torch.uint8).flatten(2, 3) << low, low + width, first + count
+        assert isinstance(codes, Tensor)  # noqa: S101  a code has at least one part
+        codes = codes.reshape(nb, kb, self.planes, 2, 8, 4, 2, 2)  # block, plane, e, g, t, k half, row half
+        codes = codes.permute(0, 7, 4, 1, 2, 6, 5, 3)
+        codes = codes.reshape(nb, 2, 8, kb, 2 * self.planes // self.unit, self.unit // 2, 2, 4, 2)
+        codes = codes.permute(0, 1, 2, 3, 4, 6, 7, 5, 8)
+        return codes.reshape(nb * ROWS, kb * self.columns)[:, :K]

@@ -50,7 +50,8 @@ def ours(format_id: str, weights: Spec, inputs: Spec | None = None, *, kernel: s
         name = kernel or choose_kernel(fmt, layer, device, dtype)[0]
         chosen = next((k for k in fmt.kernels if k.name == name), None)
         blob = chosen.prepare(tensors, layer, dtype) if chosen is not None else []
-        held = blob if blob and name == "triton" and len(blob) > 1 else list(tensors.values())
+        codes = [] if name in fmt.replaces else [tensors["qweight"]]
+        held = [*codes, *blob] if blob else list(tensors.values())
         return lambda x: fmt.linear(x, tensors, blob, layer, name), sum(t.numel() * t.element_size() for t in held)
 
     return make

@@ -1,6 +1,7 @@
 """The GPU kernel of `bnb-nf4/1` and `bnb-fp4/1` that needs no bitsandbytes: the main loop with their levels."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class Triton(TritonKernel):
     """`table[code] scale`; `levels` in the order of bitsandbytes' codes."""
 
     levels: tuple[float, ...]
+    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """[shuffled words, scales float32 `[G, N]`, the table and 1]; doubly quantized scales are decoded here."""
@@ -24,6 +26,11 @@ class Triton(TritonKernel):
         codes = torch.stack((qweight >> 4, qweight & 15), -1).flatten(1)
         table = torch.tensor((*self.levels, 1.0), device=qweight.device)
         return [operand(layer, kind(qweight.device)).shuffle.pack(codes), block_scales(tensors).T.contiguous(), table]
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        codes = operand(layer, kind(blob[0].device)).shuffle.unpack(blob[0], layer.shape)
+        return {"qweight": codes[:, ::2] << 4 | codes[:, 1::2]}
 
     def product(
         self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None

@@ -1,7 +1,8 @@
-"""The GPU kernel of `float8/1`: 8-bit products of canonical bytes where the machine has them, decoding elsewhere."""
+"""The GPU kernels of `float8/1`: 8-bit products of canonical bytes where the machine has them, decoding elsewhere."""
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,48 +19,75 @@ NARROWEST = 32  # columns of a block whose products are worth a tile of their ow
 
 
 @dataclass(frozen=True, slots=True)
-class Triton(TritonKernel):
-    """W8A8 as it is stored, and float8 weights for 16-bit inputs by the main loop."""
+class Canonical(TritonKernel):
+    """W8A8 of the bytes as they are stored, where tensor cores take them."""
+
+    name: ClassVar[str] = "triton-float8"
+
+    def supports(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+        """See `Kernel.supports`."""
+        if (reason := TritonKernel.supports(self, layer, device, dtype)) is not None:
+            return reason
+        return None if multiplies_float8(device) else "tensor cores take no float8_e4m3fn here"
+
+    def takes(self, layer: Layer) -> str | None:
+        """Both sides E4M3, blocks that tiles divide."""
+        if layer.inputs is None or layer.inputs.grid != E4M3 or layer.weights.grid != E4M3:
+            return "inputs and weights become float8_e4m3fn"
+        block = layer.weights.block_size(layer.shape)[1]
+        if block < layer.shape[1] and block % NARROWEST:
+            return f"blocks of a multiple of {NARROWEST} columns, not of {block}"
+        return refuses_tokens(layer.inputs)
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-        """[scales `[kb, N]`] for 8-bit products, else [shuffled words, scales `[kb, N]`, the tensor's scale or the
-        table with it].
-        """
-        scale, whole = unpack_scales(tensors, layer)
-        whole = scale.new_ones(1) if whole is None else whole.reshape(1)
-        scale = by_row(scale, layer).expand(layer.shape[0], -1)
-        if eight_bits(layer, scale.device):
-            return [(scale * whole).T.contiguous()]
+        """[scales `[kb, N]`]."""
+        scale, whole = scales(tensors, layer)
+        return [(scale * whole).T.contiguous()]
+
+    def product(
+        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
+    ) -> Tensor:
+        """See `TritonKernel.product`."""
+        from hf_quant.kernels._gemm.quantized import quantize, scaled_matmul, static_range
+
+        assert layer.inputs is not None  # noqa: S101  `takes` has looked at it
+        x, block = quantize(x_TK, layer.inputs, static_range(tensors)), layer.weights.block_size(layer.shape)[1]
+        return scaled_matmul(x, tensors["qweight"], blob[0], block, x_TK.dtype, low_rank=low_rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Triton(TritonKernel):
+    """Float8 weights for 16-bit inputs by the main loop."""
+
+    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
+
+    def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+        """[shuffled words, scales `[kb, N]`, the tensor's scale or the table with it]."""
+        scale, whole = scales(tensors, layer)
         weight, codes = operand(layer, kind(scale.device)), tensors["qweight"].view(torch.uint8)
         table = torch.cat((E5M2.table().flatten().to(scale.device), whole)) if weight.decode == "levels" else whole
         return [weight.shuffle.pack(codes), scale.T.contiguous(), table]
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        codes = operand(layer, kind(blob[0].device)).shuffle.unpack(blob[0], layer.shape)
+        return {"qweight": codes.view(torch.float8_e4m3fn if layer.weights.grid == E4M3 else torch.float8_e5m2)}
 
     def product(
         self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
     ) -> Tensor:
         """See `TritonKernel.product`."""
         from hf_quant.kernels._gemm.launch import matmul
-        from hf_quant.kernels._gemm.quantized import quantize, scaled_matmul, static_range
 
-        if len(blob) > 1:
-            return matmul(
-                fake_quantize(x_TK, layer.inputs, tensors),
-                blob,
-                operand(layer, kind(x_TK.device)),
-                x_TK.dtype,
-                low_rank=low_rank,
-            )
-        assert layer.inputs is not None  # noqa: S101  `eight_bits`
-        x, block = quantize(x_TK, layer.inputs, static_range(tensors)), layer.weights.block_size(layer.shape)[1]
-        return scaled_matmul(x, tensors["qweight"], blob[0], block, x_TK.dtype, low_rank=low_rank)
+        weight, x_TK = operand(layer, kind(x_TK.device)), fake_quantize(x_TK, layer.inputs, tensors)
+        return matmul(x_TK, blob, weight, x_TK.dtype, low_rank=low_rank)
 
 
-def eight_bits(layer: Layer, device: torch.device) -> bool:
-    """Whether the product is one of 8-bit floats: both sides E4M3, blocks that tiles divide, a machine that has it."""
-    inputs, block = layer.inputs, layer.weights.block_size(layer.shape)[1]
-    if inputs is None or inputs.grid != E4M3 or layer.weights.grid != E4M3 or refuses_tokens(inputs) is not None:
-        return False
-    return multiplies_float8(device) and (block >= layer.shape[1] or block % NARROWEST == 0)
+def scales(tensors: Tensors, layer: Layer) -> tuple[Tensor, Tensor]:
+    """(scales `[N, kb]`, the tensor's scale `[1]`), float32."""
+    scale, whole = unpack_scales(tensors, layer)
+    whole = scale.new_ones(1) if whole is None else whole.reshape(1)
+    return by_row(scale, layer).expand(layer.shape[0], -1), whole
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from hf_quant.grids import IntGrid
 from hf_quant.kernels._gemm.configs import kind
 from hf_quant.kernels._gemm.kernel import LowRank, TritonKernel, refuses_tokens
 from hf_quant.kernels._gemm.operand import BLOCK, WHOLE_ROW, RangesOf, Weight, affine_ranges, ranges_of, unit_for
-from hf_quant.kernels.int_group.bitstream import unpack_bits
+from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.int_group.reference import dequantize, zero_codes
 from hf_quant.runtime.activation import fake_quantize
 
@@ -26,6 +27,8 @@ class Triton(TritonKernel):
     multiplied as numbers.
     """
 
+    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
+
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """[shuffled words, scales (with zero points where both fit a word), zero points where not; sums of the rows
         where integer inputs have zero points].
@@ -38,6 +41,11 @@ class Triton(TritonKernel):
         if integers and layer.inputs is not None and layer.inputs.zero == "int":
             blob.append(dequantize(tensors, layer, torch.float32).sum(1))
         return blob
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        weight = operand(layer, "scales", kind(blob[0].device), integers=as_integers(layer))
+        return {"qweight": pack_bits(weight.shuffle.unpack(blob[0], layer.shape), int(layer.weights.grid.bits))}
 
     def product(
         self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from hf_quant.kernels._gemm.configs import kind
 from hf_quant.kernels._gemm.kernel import LowRank, TritonKernel, by_row
 from hf_quant.kernels._gemm.operand import RangesOf, Weight, byte_ranges, unit_for
 from hf_quant.kernels.hadamard.op import rotate
-from hf_quant.kernels.int_group.bitstream import unpack_bits
+from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.lut.scales import unpack_scales
 from hf_quant.runtime.activation import fake_quantize
 
@@ -25,6 +26,8 @@ BYTES: dict[Grid, RangesOf] = {FloatGrid("float8_e8m0fnu"): "powers", FloatGrid(
 @dataclass(frozen=True, slots=True)
 class Triton(TritonKernel):
     """The main loop with a table of levels; MXFP4 and NVFP4 with E2M1 decoded on bits and scales that stay bytes."""
+
+    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
 
     def takes(self, layer: Layer) -> str | None:
         """Codes of one value."""
@@ -47,6 +50,12 @@ class Triton(TritonKernel):
         levels = grid.table().flatten().to(scale.device)
         return [words, ranges, torch.cat((F.pad(levels, (0, (1 << weight.bits) - len(levels))), whole))]
 
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        grid, weight = layer.weights.grid, table_operand(layer, kind(blob[0].device))
+        assert isinstance(grid, TableGrid)  # noqa: S101  `holds` has checked it
+        return {"qweight": pack_bits(weight.shuffle.unpack(blob[0], layer.shape), grid.code_bits)}
+
     def product(
         self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
     ) -> Tensor:
@@ -64,6 +73,8 @@ class Triton(TritonKernel):
 class CodebookTriton(TritonKernel):
     """The main loop with a codebook a block."""
 
+    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
+
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """[shuffled words, number of each block's codebook int32 `[G, N]`, the codebooks]."""
         grid, weight = layer.weights.grid, codebook_operand(layer, kind(tensors["qweight"].device))
@@ -73,6 +84,11 @@ class CodebookTriton(TritonKernel):
         number = torch.arange(nb * kb, device=words.device, dtype=torch.int32).view(nb, kb)
         books = F.pad(tensors["codebook"].float().view(nb * kb, -1), (0, (1 << weight.bits) - (1 << grid.bits)))
         return [words, by_row(number, layer).expand(layer.shape[0], -1).T.contiguous(), books.contiguous()]
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        weight = codebook_operand(layer, kind(blob[0].device))
+        return {"qweight": pack_bits(weight.shuffle.unpack(blob[0], layer.shape), int(layer.weights.grid.bits))}
 
     def product(
         self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
