@@ -87,6 +87,20 @@ class Restoring(Kernel, Protocol):
         """These tensors again, to the bit: the inverse of `prepare`."""
 
 
+@runtime_checkable
+class Grouping(Restoring, Protocol):
+    """A kernel that multiplies every row by the weight of its own expert, in one launch and from blobs alone."""
+
+    def grouped(self, x_TK: Tensor, experts_TC: Tensor, blob: list[Tensor], layer: Layer) -> Tensor:
+        """`[T, K]`, the C experts of each token -> `[T C, N]`; rows of no expert (`0 .. E - 1`) are 0.
+
+        The blob's tensors are those of E layers, stacked.
+        """
+
+    def dense(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> Tensor:
+        """`W_NK` of one layer's blob: the bits of `PackedFormat.weight`."""
+
+
 class PackedFormat(ABC):
     """A promise: the same id and the same bytes mean the same weights for ever. Other bytes need a new id.
 
@@ -107,6 +121,7 @@ class PackedFormat(ABC):
         if self.id in _IDS:
             raise ConfigError(f"format {self.id!r} exists already; {type(self).__name__} needs an id of its own")
         self.replaces = {k.name: k.replaces for k in self.kernels if isinstance(k, Restoring)}
+        self.groups = frozenset(k.name for k in self.kernels if isinstance(k, Grouping))
         self.op, self._restore = _register(self)
         _IDS.add(self.id)
 

@@ -5,13 +5,15 @@ names match none of transformers' conversion patterns, which fuse and split `exp
 save.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_quant.errors import UnsupportedModel
+from hf_quant.runtime.grouped import Group, grouped
+from hf_quant.runtime.layouts import expect
 from hf_quant.runtime.stand_in import Part, StandIn
 
 
@@ -33,6 +35,7 @@ class Experts(StandIn):
     stock_weight: ClassVar[str] = "down_proj"
     source: type[nn.Module]
     num_experts: int
+    _groups: dict[str, Group | None]  # of quantized experts, by member
 
     def __init__(self, fused: nn.Module) -> None:
         """Unfuse: the experts' weights are views of the fused tensors (transposed where they are stored so)."""
@@ -49,6 +52,8 @@ class Experts(StandIn):
         self.num_experts = getattr(fused, second).shape[0]
         for e in range(self.num_experts):
             self.add_module(str(e), Expert(_linear(fused, first, e), _linear(fused, second, e)))
+        self._groups = {}
+        expect(self)
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
@@ -69,9 +74,19 @@ class Experts(StandIn):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Every token through its experts, weighed: `[T, H]`, `[T, k]`, `[T, k]` -> `[T, H]`.
 
-        While compiling, every expert runs on every token (static shapes, no break in the graph); the result is the
-        same, the work is E / k times as much.
+        Quantized experts of one kind are two products (`runtime.grouped`). Others run one after the other; while
+        compiling, all of them on every token (static shapes, no break in the graph): the result is the same, the work
+        is E / k times as much.
         """
+        x = hidden_states
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not torch.compiler.is_compiling():  # then it was called right before
+            self.lay_out()
+        first, second = self._groups.get("gate_up"), self._groups.get("down")
+        if first is not None and second is not None and first.ready == second.ready == (x.device, x.dtype):
+            y = self._grouped(first, second, x, top_k_index, top_k_weights)
+            return y.to(hidden_states.dtype)
         if torch.compiler.is_compiling():
             return self._dense(hidden_states, top_k_index, top_k_weights)
         result = torch.zeros_like(hidden_states)
@@ -89,15 +104,50 @@ class Experts(StandIn):
             result = result + (self._run(e, hidden_states) * weight).to(result.dtype)
         return result
 
+    def _grouped(self, first: Group, second: Group, x_TH: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        gate_up, down = self._layers("gate_up"), self._layers("down")
+        y = self._activated(first.product(x_TH, chosen_Tk, gate_up)).to(x_TH.dtype)
+        y = self._normed(second.product(y, chosen_Tk.reshape(-1, 1), down))
+        outside = (chosen_Tk < 0) | (chosen_Tk >= self.num_experts)  # tokens of other ranks
+        return (y.view(*chosen_Tk.shape, -1) * weights_Tk.masked_fill(outside, 0)[..., None]).sum(1)
+
     def _run(self, e: int, x_TK: Tensor) -> Tensor:
         expert = self.expert(e)
-        y: Tensor = expert.gate_up(x_TK)
+        return self._normed(expert.down(self._activated(expert.gate_up(x_TK))))
+
+    def _activated(self, y: Tensor) -> Tensor:
         theirs: Any = self  # gate, activation and norm are what the fused class defines
-        y = theirs.source._apply_gate(self, y) if theirs.has_gate else theirs.act_fn(y)
-        y = expert.down(y)
-        if getattr(self, "has_post_expert_norm", False):
-            y = theirs.post_expert_norm(y)
-        return y
+        result: Tensor = theirs.source._apply_gate(self, y) if theirs.has_gate else theirs.act_fn(y)
+        return result
+
+    def _normed(self, y: Tensor) -> Tensor:
+        theirs: Any = self
+        result: Tensor = theirs.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+        return result
+
+    def lay_out(self) -> None:
+        """See `layouts.Waiting`."""
+        for member in ("gate_up", "down"):
+            group, layers = self._groups.get(member), self._layers(member)
+            if group is None or not group.holds(layers):
+                self._groups[member] = grouped(layers)
+
+    def _layers(self, member: str) -> list[nn.Module]:
+        return [getattr(self.expert(e), member) for e in range(self.num_experts)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
+        self._groups = {}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the groups, which belong to this process."""
+        return {**self.__dict__, "_groups": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Wait for compilations again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        expect(self)
 
     def members(self, name: str, value: Tensor) -> Iterator[tuple[str, Part, Tensor]]:
         """See `StandIn.members`."""
@@ -112,7 +162,7 @@ class Experts(StandIn):
         """See `StandIn.put_back`."""
         fused = self.source.__new__(self.source)
         nn.Module.__init__(fused)
-        own = set(vars(nn.Module())) | {"source"}
+        own = set(vars(nn.Module())) | {"source", "_groups"}
         fused.__dict__.update({k: v for k, v in vars(self).items() if k not in own})
         fused.training = self.training
         for name, child in self.named_children():

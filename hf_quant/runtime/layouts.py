@@ -9,17 +9,17 @@ from typing import Any, Protocol
 
 
 class Waiting(Protocol):
-    """A module whose kernel is chosen and whose layout is not made yet."""
+    """A module whose layout may not be made yet."""
 
     def lay_out(self) -> None:
-        """Make it now."""
+        """Make it now, where it is missing."""
 
 
 _waiting: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def expect(module: Waiting) -> None:
-    """Make the module's layout before the next compilation, if its own forward has not by then."""
+    """Make the module's layout before any compilation, if its own forward has not by then."""
     _listen()
     _waiting.add(module)
 
@@ -35,4 +35,3 @@ def _listen() -> None:
 def _lay_out_all(*_: object) -> None:
     for module in list(_waiting):
         module.lay_out()
-    _waiting.clear()

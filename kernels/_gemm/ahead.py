@@ -104,7 +104,10 @@ def product(
         **{"sx_ptr": "*fp32", "zx_ptr": "*fp32", "sum_ptr": "*fp32", "a_ptr": f"*{out}", "up_ptr": f"*{out}"},
         **{"order_ptr": "*i32", "expert_ptr": "*i32", "y_ptr": "*fp32" if config.splits > 1 else f"*{out}"},
     }
-    numbers = ("M", "N", "K", "KB", "group", "x_row", "q_expert", "s_expert", "copies", "blocks_per_split")
+    numbers = [
+        *("M", "N", "K", "KB", "group", "x_row", "q_expert", "s_expert", "table_expert", "sum_expert"),
+        *("copies", "blocks_per_split"),
+    ]
     fixed = {
         **constants(weight, dtype, TARGETS[target].backend),
         **{"SHIFTED": False, "RANK": rank, "EXPERTS": experts, "PARTIAL": config.splits > 1},
@@ -118,7 +121,7 @@ def product(
         target,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        ragged=("M", "KB", "copies", "blocks_per_split"),
+        ragged=("M", "KB", "table_expert", "copies", "blocks_per_split"),
     )
 
 
@@ -133,16 +136,19 @@ def dequantizer(weight: Weight, dtype: torch.dtype, target: str) -> Compiled:
     return build(loop.dequantize_kernel, pointers | numbers, fixed, target, ragged=("KB",))
 
 
-def eight_bit(dtype: torch.dtype, target: str, *, whole: bool = True, BM: int = 64) -> Compiled:
+def eight_bit(dtype: torch.dtype, target: str, *, whole: bool = True, BM: int = 64, experts: bool = False) -> Compiled:
     """The product of 8-bit operands, with one scale a row or one a block of K."""
     x = TYPES[dtype]
     pointers = {
         **{"x_ptr": f"*{x}", "w_ptr": f"*{x}", "sw_ptr": "*fp32", "sx_ptr": "*fp32", "zx_ptr": "*fp32"},
-        **{"sum_ptr": "*fp32", "a_ptr": "*bf16", "up_ptr": "*bf16", "y_ptr": "*bf16"},
+        **{"sum_ptr": "*fp32", "a_ptr": "*bf16", "up_ptr": "*bf16"},
+        **{"order_ptr": "*i32", "expert_ptr": "*i32", "y_ptr": "*bf16"},
     }
-    fixed = {"WHOLE": whole, "SHIFTED": True, "RANK": 0, "PARTIAL": False, "BM": BM, "BN": 128, "BK": 128}
-    numbers = dict.fromkeys(("M", "N", "K", "block", "tiles_per_split"), "i32")
-    return build(scaled_fwd_kernel, pointers | numbers, fixed, target, ragged=("M", "tiles_per_split"))
+    fixed = {"WHOLE": whole, "SHIFTED": True, "RANK": 0, "EXPERTS": experts, "PARTIAL": False}
+    tile = {"BM": BM, "BN": 128, "BK": 128}
+    numbers = dict.fromkeys(("M", "N", "K", "block", "tiles_per_split", "sw_expert", "copies"), "i32")
+    ragged = ("M", "tiles_per_split", "copies")
+    return build(scaled_fwd_kernel, pointers | numbers, fixed | tile, target, ragged=ragged)
 
 
 def quantizer(out: torch.dtype, target: str, *, steps: int = 0) -> Compiled:

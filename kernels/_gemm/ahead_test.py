@@ -71,6 +71,7 @@ def test_the_other_kernels(target: str) -> None:
         ahead.quantizer(torch.uint8, target, steps=10),
         ahead.combiner(target, rank=32),
         ahead.eight_bit(torch.int8, target),
+        ahead.eight_bit(torch.int8, target, experts=True),
         compiled(replace(W4, ranges="scales", unit=4), torch.int8, few, target),
         compiled(W4, torch.float16, few, target, rank=32, experts=True),
         compiled(nvfp4, torch.bfloat16, few, target),

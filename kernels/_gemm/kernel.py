@@ -9,15 +9,19 @@ from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import E4M3, FloatGrid, IntGrid
+from hf_quant.kernels._gemm.operand import Weight
+from hf_quant.kernels.hadamard.op import rotate
+from hf_quant.runtime.activation import fake_quantize
 from hf_quant.spec import Spec
 
 LowRank = tuple[Tensor, Tensor]  # a = x down^T [T, R], up [N, R]
 
 
 class TritonKernel(ABC):
-    """A `Kernel` that runs on GPUs with Triton, for the layers it `takes`."""
+    """A `Grouping` kernel that runs on GPUs with Triton, for the layers it `takes`. Its blob begins with the codes."""
 
     name: ClassVar[str] = "triton"
+    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
 
     def supports(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
         """See `Kernel.supports`."""
@@ -31,15 +35,76 @@ class TritonKernel(ABC):
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """See `Kernel.prepare`."""
 
-    def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
-        """See `Kernel.run`."""
-        return self.product(x_TK, tensors, blob, layer, None)
+    @abstractmethod
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+
+    @abstractmethod
+    def dense(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> Tensor:
+        """See `Grouping.dense`."""
 
     @abstractmethod
     def product(
-        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
+        self,
+        x_TK: Tensor,
+        tensors: Tensors,
+        blob: list[Tensor],
+        layer: Layer,
+        low_rank: LowRank | None = None,
+        experts: Tensor | None = None,
     ) -> Tensor:
-        """`q(x) W^T (+ a up^T)`: the branch joins before the result is written."""
+        """`q(x) W^T (+ a up^T)`: the branch joins before the result is written. With `experts`, see `grouped`."""
+
+    def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
+        """See `Kernel.run`."""
+        return self.product(x_TK, tensors, blob, layer)
+
+    def grouped(self, x_TK: Tensor, experts_TC: Tensor, blob: list[Tensor], layer: Layer) -> Tensor:
+        """See `Grouping.grouped`."""
+        return self.product(x_TK, {}, blob, layer, experts=experts_TC)
+
+
+class MainLoop(TritonKernel):
+    """A kernel that is nothing but the main loop; its blob is shuffled words, scales, and a table of levels."""
+
+    @abstractmethod
+    def weight(self, blob: list[Tensor], layer: Layer) -> Weight:
+        """What the loop is told of the blob."""
+
+    @abstractmethod
+    def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
+        """Codes as the words have them -> `qweight`."""
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        codes_NK = self.weight(blob, layer).shuffle.unpack(blob[0], layer.shape)
+        return {"qweight": self.stored(codes_NK, layer)}
+
+    def dense(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> Tensor:
+        """See `Grouping.dense`."""
+        from hf_quant.kernels._gemm.launch import dequantize
+
+        weight, rotation = self.weight(blob, layer), layer.weights.rotation
+        if rotation is None:
+            return dequantize(blob, weight, dtype)
+        return rotation.inverse(dequantize(blob, weight, torch.float32)).to(dtype)
+
+    def product(
+        self,
+        x_TK: Tensor,
+        tensors: Tensors,
+        blob: list[Tensor],
+        layer: Layer,
+        low_rank: LowRank | None = None,
+        experts: Tensor | None = None,
+    ) -> Tensor:
+        """See `TritonKernel.product`; a rotated weight multiplies rotated inputs."""
+        from hf_quant.kernels._gemm.launch import matmul
+
+        x_TK, rotation = fake_quantize(x_TK, layer.inputs, tensors), layer.weights.rotation
+        if rotation is not None:
+            x_TK = rotate(x_TK, rotation)
+        return matmul(x_TK, blob, self.weight(blob, layer), x_TK.dtype, low_rank=low_rank, experts=experts)
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:

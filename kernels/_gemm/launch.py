@@ -8,8 +8,9 @@ import triton
 from torch import Tensor
 
 from hf_quant.kernels._gemm import decode, loop
-from hf_quant.kernels._gemm.configs import Config, bucket, choose
+from hf_quant.kernels._gemm.configs import Config, bucket, choose, fitted
 from hf_quant.kernels._gemm.operand import Weight
+from hf_quant.kernels._gemm.routing import by_expert
 
 INTERPRETED = not isinstance(loop.gemm_fwd_kernel, triton.JITFunction)
 BACKEND = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
@@ -30,25 +31,6 @@ class Tokens:
     zero: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Routing:
-    """Tokens by expert. A tile of `BM` rows has one expert.
-
-    Attributes:
-        order: int32 `[tiles BM]`, rows of the result; their number where a tile has room left.
-        expert: int32 `[tiles]`.
-        copies: rows of the result that one token makes: the experts it is sent to.
-        words: elements from one expert's words to the next one's.
-        ranges: the same of the scales.
-    """
-
-    order: Tensor
-    expert: Tensor
-    copies: int
-    words: int
-    ranges: int
-
-
 def matmul(
     x: Tensor | Tokens,
     blob: list[Tensor],
@@ -57,7 +39,7 @@ def matmul(
     *,
     low_rank: tuple[Tensor, Tensor] | None = None,
     row_sums: Tensor | None = None,
-    routing: Routing | None = None,
+    experts: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """`y = x W^T (+ a up^T)`, `[M, N]` in `dtype`.
@@ -69,16 +51,20 @@ def matmul(
         dtype: of the result.
         low_rank: `a = x down^T` `[M, R]` and `up` `[N, R]`.
         row_sums: `[N]`, when tokens have zero points.
-        routing: rows by expert; the blob is then stacked by expert.
+        experts: those of each token, `[M, copies]`, see `by_expert`; y has `M copies` rows, the blob's tensors (and
+            `row_sums`) a first dimension more.
         config: instead of the chosen one.
     """
     values = x.values if isinstance(x, Tokens) else x
-    (N, K), M = weight.shape, values.shape[0] * (routing.copies if routing else 1)
+    copies, count = (1, 1) if experts is None else (experts.shape[1], blob[0].shape[0])
+    (N, K), M = weight.shape, values.shape[0] * copies
     if M == 0:
         return torch.empty(0, N, dtype=dtype, device=values.device)
-    config = config or choose(weight, values.dtype, bucket(M), values.device)
-    if isinstance(x, Tokens) or routing is not None:
-        config = only_tensor(config, routing)
+    config = config or choose(weight, values.dtype, bucket(-(-M // count)), values.device)
+    if isinstance(x, Tokens) or experts is not None:
+        config = only_tensor(config, weight, values)
+    if experts is not None:
+        config = replace(config, splits=1)
     if config.way == "dense":
         assert isinstance(x, Tensor)  # noqa: S101  `only_tensor`
         y_MN = F.linear(x, dequantize(blob, weight, dtype))
@@ -96,12 +82,15 @@ def matmul(
     blocks = weight.shuffle.blocks(weight.shape)[1]
     each = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, each)
-    new = torch.zeros if routing else torch.empty  # rows that no expert takes are 0
+    order = tile = words
+    if experts is not None:
+        order, tile = by_expert(experts, count, config.BM)
+    new = torch.empty if experts is None else torch.zeros  # rows that no expert takes are 0
     y_MN = new(M, N, dtype=torch.float32 if rounded else dtype, device=values.device)
     out = y_MN if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=values.device)
     scale = x.scale if isinstance(x, Tokens) else values
     zero = x.zero if isinstance(x, Tokens) and x.zero is not None else None
-    tiles = routing.expert.shape[0] if routing else triton.cdiv(M, config.BM)
+    tiles = triton.cdiv(M, config.BM) if experts is None else len(tile)
     loop.gemm_fwd_kernel[(tiles, triton.cdiv(N, config.BN), splits)](
         values,
         words,
@@ -113,8 +102,8 @@ def matmul(
         scale if row_sums is None else row_sums,
         a,
         up,
-        routing.order if routing else words,
-        routing.expert if routing else words,
+        order,
+        tile,
         out,
         M,
         N,
@@ -122,14 +111,14 @@ def matmul(
         blocks,
         weight.group,
         values.stride(0),
-        routing.words if routing else 0,
-        routing.ranges if routing else 0,
-        routing.copies if routing else 1,
+        *(t.stride(0) for t in (words, first, table)),
+        0 if row_sums is None else row_sums.stride(0),
+        copies,
         each,
         **constants(weight, values.dtype),
         SHIFTED=zero is not None,
         RANK=rank,
-        EXPERTS=routing is not None,
+        EXPERTS=experts is not None,
         PARTIAL=splits > 1,
         VECTOR=config.way == "vector",
         ROUND=rounded and values.dtype == torch.float32,
@@ -212,8 +201,8 @@ def operands(blob: list[Tensor], weight: Weight) -> tuple[Tensor, Tensor, Tensor
     return words, first, second, rest[0] if rest else first
 
 
-def only_tensor(config: Config, routing: Routing | None) -> Config:
+def only_tensor(config: Config, weight: Weight, values: Tensor) -> Config:
     """For products that have neither a vector nor a dense way."""
-    if routing is not None:
-        return replace(config, way="tensor", BM=len(routing.order) // len(routing.expert), splits=1)
+    if config.way == "dense":
+        return fitted(Config("tensor", BM=64), weight, values.dtype, values.device)
     return replace(config, way="tensor", BM=max(16, config.BM))

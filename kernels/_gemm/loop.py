@@ -82,15 +82,18 @@ def load_low_rank(acc, a_ptr, up_ptr, m, n, M, N, RANK: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, n, M, N, SCALED: tl.constexpr,
+def finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, token, n, M, N, SCALED: tl.constexpr,
            SHIFTED: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
-    """The epilogue of `acc` `[BN, BM]`: zero points and scales of quantized tokens, the low-rank branch, the store."""
+    """The epilogue of `acc` `[BN, BM]`: zero points and scales of quantized tokens, the low-rank branch, the store.
+
+    Row m of y is of that token.
+    """
     inside = (m < M)[None, :] & (n < N)[:, None]
     if SHIFTED:
-        zero = tl.load(zx_ptr + m, mask=m < M, other=0).to(tl.float32)
+        zero = tl.load(zx_ptr + token, mask=m < M, other=0).to(tl.float32)
         acc -= tl.load(sum_ptr + n, mask=n < N, other=0.0)[:, None] * zero[None, :]
     if SCALED:
-        acc *= tl.load(sx_ptr + m, mask=m < M, other=0.0)[None, :]
+        acc *= tl.load(sx_ptr + token, mask=m < M, other=0.0)[None, :]
     if RANK > 0:
         acc = load_low_rank(acc, a_ptr, up_ptr, m, n, M, N, RANK)
     tl.store(y_ptr + m[None, :] * N + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=inside)
@@ -103,8 +106,8 @@ def gemm_fwd_kernel(
     s_ptr,  # [G, N] scales, or scales and zero points: see decode.py
     z_ptr,  # [G, N] zero points, or anything
     table_ptr,  # levels of a codebook, or anything
-    sx_ptr,  # [M] scales of the tokens when x is int8, or anything
-    zx_ptr,  # [M] their zero points, or anything
+    sx_ptr,  # [M / copies] scales of the tokens when x is int8, or anything
+    zx_ptr,  # [M / copies] their zero points, or anything
     sum_ptr,  # [N] sums of the rows of W, when tokens have zero points, or anything
     a_ptr,  # [M, RANK], or anything
     up_ptr,  # [N, RANK], or anything
@@ -119,6 +122,8 @@ def gemm_fwd_kernel(
     x_row,
     q_expert,  # from one expert's words to the next one's
     s_expert,
+    table_expert,
+    sum_expert,
     copies,  # rows of y that one row of x makes
     blocks_per_split,
     DECODE: tl.constexpr,  # words -> weights, see decode.py
@@ -155,6 +160,8 @@ def gemm_fwd_kernel(
         q_ptr += expert * q_expert
         s_ptr += expert * s_expert
         z_ptr += expert * s_expert
+        table_ptr += expert * table_expert
+        sum_ptr += expert * sum_expert
 
     s, z = 0, 0
     if SPAN == WHOLE_ROW:
@@ -186,7 +193,7 @@ def gemm_fwd_kernel(
         y_ptr += tl.program_id(2).to(tl.int64) * M * N
         tl.store(y_ptr + m[None, :] * N + n[:, None], acc, mask=(m < M)[None, :] & (n < N)[:, None])
     else:
-        finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, n, M, N, INTEGER, SHIFTED, RANK)
+        finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, token, n, M, N, INTEGER, SHIFTED, RANK)
 
 
 @triton.jit
@@ -205,7 +212,7 @@ def combine_fwd_kernel(
     for _ in range(splits):
         acc += tl.load(partial_ptr + part, mask=inside, other=0.0)
         part += step
-    finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, n, M, N, SCALED, SHIFTED, RANK)
+    finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, m, n, M, N, SCALED, SHIFTED, RANK)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Launching what quantized tokens need: their quantization, the Hadamard transform, and 8-bit products."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_quant.grids import IntGrid
 from hf_quant.kernels._gemm.configs import Config
 from hf_quant.kernels._gemm.launch import INTERPRETED, Tokens, combine
+from hf_quant.kernels._gemm.routing import by_expert
 from hf_quant.kernels._gemm.scaled import scaled_fwd_kernel
 from hf_quant.kernels._gemm.tokens import tokens_fwd_kernel
 from hf_quant.spec import Spec
@@ -118,6 +119,7 @@ def scaled_matmul(
     *,
     row_sums: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
+    experts: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """`y = x W^T` of 8-bit values, `[M, N]` in `dtype`.
@@ -130,14 +132,19 @@ def scaled_matmul(
         dtype: of the result.
         row_sums: `[N]` of the dequantized weight, when tokens have zero points.
         low_rank: `a = x down^T` `[M, R]` and `up` `[N, R]`.
+        experts: those of each token, as in `launch.matmul`.
         config: instead of the default one.
     """
-    (N, K), M = W_NK.shape, x.values.shape[0]
-    y_MN = torch.empty(M, N, dtype=dtype, device=W_NK.device)
+    copies, count = (1, 1) if experts is None else (experts.shape[1], W_NK.shape[0])
+    (N, K), M = (W_NK.shape[-2], W_NK.shape[-1]), x.values.shape[0] * copies
+    new = torch.empty if experts is None else torch.zeros  # rows that no expert takes are 0
+    y_MN = new(M, N, dtype=dtype, device=W_NK.device)
     if M == 0:
         return y_MN
     BK = tile_of_k(block, K)
-    config = config or eight_bit(M, N, K, BK)
+    config = config or eight_bit(-(-M // count), N, K, BK)
+    if experts is not None:
+        config = replace(config, splits=1)
     rounded = INTERPRETED and dtype == torch.bfloat16
     if rounded:
         y_MN = y_MN.float()
@@ -147,7 +154,11 @@ def scaled_matmul(
     splits = triton.cdiv(tiles, each)
     out = y_MN if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=W_NK.device)
     a, up = low_rank if low_rank is not None else (y_MN, y_MN)
-    scaled_fwd_kernel[(triton.cdiv(M, config.BM), triton.cdiv(N, config.BN), splits)](
+    order = tile = x.scale
+    if experts is not None:
+        order, tile = by_expert(experts, count, config.BM)
+    row_tiles = triton.cdiv(M, config.BM) if experts is None else len(tile)
+    scaled_fwd_kernel[(row_tiles, triton.cdiv(N, config.BN), splits)](
         x.values,
         W_NK,
         scale_GN,
@@ -156,15 +167,20 @@ def scaled_matmul(
         x.scale if row_sums is None else row_sums,
         a,
         up,
+        order,
+        tile,
         out,
         M,
         N,
         K,
         block,
         each,
+        scale_GN.stride(0),
+        copies,
         WHOLE=block >= K,
         SHIFTED=x.zero is not None,
         RANK=up.shape[1] if low_rank is not None else 0,
+        EXPERTS=experts is not None,
         PARTIAL=splits > 1,
         BM=config.BM,
         BN=config.BN,

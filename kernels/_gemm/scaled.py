@@ -8,23 +8,28 @@ from hf_quant.kernels._gemm.loop import finish
 
 @triton.jit
 def scaled_fwd_kernel(
-    x_ptr,  # [M, K] int8 or float8
+    x_ptr,  # [M / copies, K] int8 or float8
     w_ptr,  # [N, K] of the same type
     sw_ptr,  # float32 [kb, N]: scales of W, by blocks of K
-    sx_ptr,  # float32 [M]
-    zx_ptr,  # float32 [M], or anything
+    sx_ptr,  # float32 [M / copies]
+    zx_ptr,  # float32 [M / copies], or anything
     sum_ptr,  # float32 [N], or anything
     a_ptr,
     up_ptr,
+    order_ptr,  # rows of y by expert, and the expert of each tile, as in loop.py
+    expert_ptr,
     y_ptr,  # [M, N], or float32 [splits, M, N]
     M,
     N,
     K,
     block,  # columns that share a scale, a multiple of BK, or all
     tiles_per_split,
+    sw_expert,  # scales of W from one expert's to the next one's
+    copies,  # rows of y that one row of x makes
     WHOLE: tl.constexpr,  # one scale a row: it waits for the end
     SHIFTED: tl.constexpr,
     RANK: tl.constexpr,
+    EXPERTS: tl.constexpr,
     PARTIAL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -38,11 +43,19 @@ def scaled_fwd_kernel(
     INTEGER: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
     m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
+    token = m
+    if EXPERTS:
+        m = tl.load(order_ptr + m).to(tl.int64)
+        token = m // copies
+        expert = tl.load(expert_ptr + tl.program_id(0)).to(tl.int64)
+        w_ptr += expert * N * K
+        sw_ptr += expert * sw_expert
+        sum_ptr += expert * N
     acc = tl.zeros((BN, BM), dtype=tl.int32 if INTEGER and WHOLE else tl.float32)
     first = tl.program_id(2) * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(K, BK))):
         k = (tile * BK + tl.arange(0, BK)).to(tl.int64)
-        x = tl.load(x_ptr + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+        x = tl.load(x_ptr + token[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
         w = tl.load(w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
         if WHOLE:
             acc += tl.dot(w, x)
@@ -55,4 +68,4 @@ def scaled_fwd_kernel(
         y_ptr += tl.program_id(2).to(tl.int64) * M * N
         tl.store(y_ptr + m[None, :] * N + n[:, None], acc, mask=(m < M)[None, :] & (n < N)[:, None])
     else:
-        finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, n, M, N, True, SHIFTED, RANK)
+        finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, token, n, M, N, True, SHIFTED, RANK)

@@ -10,10 +10,9 @@ from torch import Tensor
 from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import E4M3, E5M2
 from hf_quant.kernels._gemm.configs import kind
-from hf_quant.kernels._gemm.kernel import LowRank, TritonKernel, by_row, multiplies_float8, refuses_tokens
+from hf_quant.kernels._gemm.kernel import LowRank, MainLoop, TritonKernel, by_row, multiplies_float8, refuses_tokens
 from hf_quant.kernels._gemm.operand import Weight, unit_for
 from hf_quant.kernels.lut.scales import unpack_scales
-from hf_quant.runtime.activation import fake_quantize
 
 NARROWEST = 32  # columns of a block whose products are worth a tile of their own
 
@@ -40,26 +39,41 @@ class Canonical(TritonKernel):
         return refuses_tokens(layer.inputs)
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-        """[scales `[kb, N]`]."""
+        """[canonical bytes, scales `[kb, N]`]."""
         scale, whole = scales(tensors, layer)
-        return [(scale * whole).T.contiguous()]
+        return [tensors["qweight"], (scale * whole).T.contiguous()]
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        return {"qweight": blob[0].clone()}
+
+    def dense(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> Tensor:
+        """See `Grouping.dense`."""
+        columns = layer.weights.block_size(layer.shape)[1]
+        scale = blob[1].T.repeat_interleave(columns, 1)[:, : layer.shape[1]]
+        return (blob[0].float() * scale).to(dtype)
 
     def product(
-        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
+        self,
+        x_TK: Tensor,
+        tensors: Tensors,
+        blob: list[Tensor],
+        layer: Layer,
+        low_rank: LowRank | None = None,
+        experts: Tensor | None = None,
     ) -> Tensor:
         """See `TritonKernel.product`."""
         from hf_quant.kernels._gemm.quantized import quantize, scaled_matmul, static_range
 
         assert layer.inputs is not None  # noqa: S101  `takes` has looked at it
         x, block = quantize(x_TK, layer.inputs, static_range(tensors)), layer.weights.block_size(layer.shape)[1]
-        return scaled_matmul(x, tensors["qweight"], blob[0], block, x_TK.dtype, low_rank=low_rank)
+        codes, scale = blob
+        return scaled_matmul(x, codes, scale, block, x_TK.dtype, low_rank=low_rank, experts=experts)
 
 
 @dataclass(frozen=True, slots=True)
-class Triton(TritonKernel):
+class Triton(MainLoop):
     """Float8 weights for 16-bit inputs by the main loop."""
-
-    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """[shuffled words, scales `[kb, N]`, the tensor's scale or the table with it]."""
@@ -68,19 +82,13 @@ class Triton(TritonKernel):
         table = torch.cat((E5M2.table().flatten().to(scale.device), whole)) if weight.decode == "levels" else whole
         return [weight.shuffle.pack(codes), scale.T.contiguous(), table]
 
-    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
-        """See `Restoring.restore`."""
-        codes = operand(layer, kind(blob[0].device)).shuffle.unpack(blob[0], layer.shape)
-        return {"qweight": codes.view(torch.float8_e4m3fn if layer.weights.grid == E4M3 else torch.float8_e5m2)}
+    def weight(self, blob: list[Tensor], layer: Layer) -> Weight:
+        """See `MainLoop.weight`."""
+        return operand(layer, kind(blob[0].device))
 
-    def product(
-        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
-    ) -> Tensor:
-        """See `TritonKernel.product`."""
-        from hf_quant.kernels._gemm.launch import matmul
-
-        weight, x_TK = operand(layer, kind(x_TK.device)), fake_quantize(x_TK, layer.inputs, tensors)
-        return matmul(x_TK, blob, weight, x_TK.dtype, low_rank=low_rank)
+    def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
+        """See `MainLoop.stored`."""
+        return codes_NK.view(torch.float8_e4m3fn if layer.weights.grid == E4M3 else torch.float8_e5m2)
 
 
 def scales(tensors: Tensors, layer: Layer) -> tuple[Tensor, Tensor]:

@@ -22,21 +22,44 @@ class Triton(TritonKernel):
         return refuses_tokens(layer.inputs)
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-        """[scales float32 `[1, N]`, and sums of the dequantized rows `[N]` when inputs have a zero point]."""
+        """[canonical bytes, scales float32 `[1, N]`, and sums of the dequantized rows `[N]` when inputs have a zero
+        point].
+        """
         assert layer.inputs is not None  # noqa: S101
-        scale = tensors["scale"].float().T.contiguous()
+        codes, scale = tensors["qweight"], tensors["scale"].float().T.contiguous()
         if layer.inputs.zero == "none":
-            return [scale]
-        return [scale, tensors["qweight"].sum(1, dtype=torch.int32).float() * scale[0]]
+            return [codes, scale]
+        return [codes, scale, codes.sum(1, dtype=torch.int32).float() * scale[0]]
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        return {"qweight": blob[0].clone()}
+
+    def dense(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> Tensor:
+        """See `Grouping.dense`."""
+        return (blob[0].float() * blob[1].T).to(dtype)
 
     def product(
-        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
+        self,
+        x_TK: Tensor,
+        tensors: Tensors,
+        blob: list[Tensor],
+        layer: Layer,
+        low_rank: LowRank | None = None,
+        experts: Tensor | None = None,
     ) -> Tensor:
         """See `TritonKernel.product`."""
         from hf_quant.kernels._gemm.quantized import quantize, scaled_matmul, static_range
 
         assert layer.inputs is not None  # noqa: S101
-        x, sums = quantize(x_TK, layer.inputs, static_range(tensors)), blob[1] if len(blob) > 1 else None
+        x, (codes, scale, *sums) = quantize(x_TK, layer.inputs, static_range(tensors)), blob
         return scaled_matmul(
-            x, tensors["qweight"], blob[0], layer.shape[1], x_TK.dtype, low_rank=low_rank, row_sums=sums
+            x,
+            codes,
+            scale,
+            layer.shape[1],
+            x_TK.dtype,
+            low_rank=low_rank,
+            row_sums=sums[0] if sums else None,
+            experts=experts,
         )

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,24 +9,21 @@ from torch import Tensor
 from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import IntGrid
 from hf_quant.kernels._gemm.configs import kind
-from hf_quant.kernels._gemm.kernel import LowRank, TritonKernel, refuses_tokens
+from hf_quant.kernels._gemm.kernel import LowRank, MainLoop, refuses_tokens
 from hf_quant.kernels._gemm.operand import BLOCK, WHOLE_ROW, RangesOf, Weight, affine_ranges, ranges_of, unit_for
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.int_group.reference import dequantize, zero_codes
-from hf_quant.runtime.activation import fake_quantize
 
 WIDTHS = {5: 6, 7: 8}  # bits that take the room of the next ones in memory
 
 
 @dataclass(frozen=True, slots=True)
-class Triton(TritonKernel):
+class Triton(MainLoop):
     """The main loop of `kernels/_gemm`, for every layer of the format.
 
     Where inputs are integers and blocks of scales allow it, integers are multiplied; else inputs are rounded and
     multiplied as numbers.
     """
-
-    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """[shuffled words, scales (with zero points where both fit a word), zero points where not; sums of the rows
@@ -42,27 +38,40 @@ class Triton(TritonKernel):
             blob.append(dequantize(tensors, layer, torch.float32).sum(1))
         return blob
 
-    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
-        """See `Restoring.restore`."""
-        weight = operand(layer, "scales", kind(blob[0].device), integers=as_integers(layer))
-        return {"qweight": pack_bits(weight.shuffle.unpack(blob[0], layer.shape), int(layer.weights.grid.bits))}
+    def weight(self, blob: list[Tensor], layer: Layer) -> Weight:
+        """See `MainLoop.weight`."""
+        integers = as_integers(layer)
+        return operand(layer, ranges_of(without_sums(blob, layer)), kind(blob[0].device), integers=integers)
+
+    def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
+        """See `MainLoop.stored`."""
+        return pack_bits(codes_NK, int(layer.weights.grid.bits))
 
     def product(
-        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
+        self,
+        x_TK: Tensor,
+        tensors: Tensors,
+        blob: list[Tensor],
+        layer: Layer,
+        low_rank: LowRank | None = None,
+        experts: Tensor | None = None,
     ) -> Tensor:
-        """See `TritonKernel.product`."""
+        """See `MainLoop.product`."""
         from hf_quant.kernels._gemm.launch import matmul
         from hf_quant.kernels._gemm.quantized import quantize, static_range
 
         if not as_integers(layer):
-            weight = operand(layer, ranges_of(blob), kind(x_TK.device))
-            return matmul(fake_quantize(x_TK, layer.inputs, tensors), blob, weight, x_TK.dtype, low_rank=low_rank)
+            return MainLoop.product(self, x_TK, tensors, blob, layer, low_rank, experts)
         assert layer.inputs is not None  # noqa: S101  `as_integers`
-        sums = blob[-1] if layer.inputs.zero == "int" else None
-        blob = blob if sums is None else blob[:-1]
-        weight = operand(layer, ranges_of(blob), kind(x_TK.device), integers=True)
-        x = quantize(x_TK, layer.inputs, static_range(tensors))
-        return matmul(x, blob, weight, x_TK.dtype, low_rank=low_rank, row_sums=sums)
+        sums, weight = blob[-1] if layer.inputs.zero == "int" else None, self.weight(blob, layer)
+        x, blob = quantize(x_TK, layer.inputs, static_range(tensors)), without_sums(blob, layer)
+        return matmul(x, blob, weight, x_TK.dtype, low_rank=low_rank, row_sums=sums, experts=experts)
+
+
+def without_sums(blob: list[Tensor], layer: Layer) -> list[Tensor]:
+    """The blob as the loop takes it."""
+    shifted = as_integers(layer) and layer.inputs is not None and layer.inputs.zero == "int"
+    return blob[:-1] if shifted else blob
 
 
 def as_integers(layer: Layer) -> bool:

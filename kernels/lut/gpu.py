@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +10,10 @@ from torch import Tensor
 from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import CodebookGrid, FloatGrid, Grid, MiniFloatGrid, TableGrid
 from hf_quant.kernels._gemm.configs import kind
-from hf_quant.kernels._gemm.kernel import LowRank, TritonKernel, by_row
+from hf_quant.kernels._gemm.kernel import MainLoop, by_row
 from hf_quant.kernels._gemm.operand import RangesOf, Weight, byte_ranges, unit_for
-from hf_quant.kernels.hadamard.op import rotate
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.lut.scales import unpack_scales
-from hf_quant.runtime.activation import fake_quantize
 
 WIDTHS = {5: 6, 7: 8}  # bits that take the room of the next ones in memory
 E2M1 = MiniFloatGrid(2, 1)
@@ -24,10 +21,8 @@ BYTES: dict[Grid, RangesOf] = {FloatGrid("float8_e8m0fnu"): "powers", FloatGrid(
 
 
 @dataclass(frozen=True, slots=True)
-class Triton(TritonKernel):
+class Triton(MainLoop):
     """The main loop with a table of levels; MXFP4 and NVFP4 with E2M1 decoded on bits and scales that stay bytes."""
-
-    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
 
     def takes(self, layer: Layer) -> str | None:
         """Codes of one value."""
@@ -50,30 +45,19 @@ class Triton(TritonKernel):
         levels = grid.table().flatten().to(scale.device)
         return [words, ranges, torch.cat((F.pad(levels, (0, (1 << weight.bits) - len(levels))), whole))]
 
-    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
-        """See `Restoring.restore`."""
-        grid, weight = layer.weights.grid, table_operand(layer, kind(blob[0].device))
-        assert isinstance(grid, TableGrid)  # noqa: S101  `holds` has checked it
-        return {"qweight": pack_bits(weight.shuffle.unpack(blob[0], layer.shape), grid.code_bits)}
+    def weight(self, blob: list[Tensor], layer: Layer) -> Weight:
+        """See `MainLoop.weight`."""
+        return table_operand(layer, kind(blob[0].device))
 
-    def product(
-        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
-    ) -> Tensor:
-        """See `TritonKernel.product`; a rotated weight multiplies rotated inputs."""
-        from hf_quant.kernels._gemm.launch import matmul
-
-        x_TK, rotation = fake_quantize(x_TK, layer.inputs, tensors), layer.weights.rotation
-        if rotation is not None:
-            x_TK = rotate(x_TK, rotation)
-        weight = table_operand(layer, kind(x_TK.device))
-        return matmul(x_TK, blob, weight, x_TK.dtype, low_rank=low_rank)
+    def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
+        """See `MainLoop.stored`."""
+        assert isinstance(layer.weights.grid, TableGrid)  # noqa: S101  `holds` has checked it
+        return pack_bits(codes_NK, layer.weights.grid.code_bits)
 
 
 @dataclass(frozen=True, slots=True)
-class CodebookTriton(TritonKernel):
+class CodebookTriton(MainLoop):
     """The main loop with a codebook a block."""
-
-    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """[shuffled words, number of each block's codebook int32 `[G, N]`, the codebooks]."""
@@ -85,24 +69,13 @@ class CodebookTriton(TritonKernel):
         books = F.pad(tensors["codebook"].float().view(nb * kb, -1), (0, (1 << weight.bits) - (1 << grid.bits)))
         return [words, by_row(number, layer).expand(layer.shape[0], -1).T.contiguous(), books.contiguous()]
 
-    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
-        """See `Restoring.restore`."""
-        weight = codebook_operand(layer, kind(blob[0].device))
-        return {"qweight": pack_bits(weight.shuffle.unpack(blob[0], layer.shape), int(layer.weights.grid.bits))}
+    def weight(self, blob: list[Tensor], layer: Layer) -> Weight:
+        """See `MainLoop.weight`."""
+        return codebook_operand(layer, kind(blob[0].device))
 
-    def product(
-        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, low_rank: LowRank | None
-    ) -> Tensor:
-        """See `TritonKernel.product`."""
-        from hf_quant.kernels._gemm.launch import matmul
-
-        return matmul(
-            fake_quantize(x_TK, layer.inputs, tensors),
-            blob,
-            codebook_operand(layer, kind(x_TK.device)),
-            x_TK.dtype,
-            low_rank=low_rank,
-        )
+    def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
+        """See `MainLoop.stored`."""
+        return pack_bits(codes_NK, int(layer.weights.grid.bits))
 
 
 @cache
