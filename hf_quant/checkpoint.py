@@ -13,11 +13,13 @@ from hf_quant.integrity import Stored, dtype_name
 from hf_quant.running.resources import release_freed
 from hf_quant.runtime.apart import can_take_apart, stand_in_for
 from hf_quant.runtime.embedding import QuantEmbedding, retie
+from hf_quant.runtime.features import FeatureTable, Vacant
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import Packed
-from hf_quant.sites import linear_shape
+from hf_quant.sites import linear_shape, outputs_of
 
 VERSION = 1
+KINDS: dict[type[nn.Module], str] = {QuantEmbedding: "embedding", FeatureTable: "features", Vacant: "vacant"}
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, Packed]]:
@@ -35,8 +37,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """
     sites: list[dict[str, Any]] = []
     names: list[list[str]] = []
-    for name, module in packed_modules(model):
-        entry = {"kind": "embedding" if isinstance(module, QuantEmbedding) else "linear", **module.describe()}
+    for name, module in model.named_modules():
+        if not isinstance(module, Packed | Vacant):
+            continue
+        kind = next((word for type_, word in KINDS.items() if isinstance(module, type_)), "linear")
+        entry = {"kind": kind, **module.describe()}
         if entry not in sites:
             sites.append(entry)
             names.append([])
@@ -55,7 +60,7 @@ def build_skeleton(model: nn.Module, description: Mapping[str, Any], dtype: torc
     """
     entries = _entries(description)
     built = []
-    for entry in entries:
+    for entry in sorted(entries, key=lambda e: e.get("kind") != "features"):  # layers may lie inside those
         for described in unfold(entry["modules"]):
             name = _resolve(model, described)
             if name is None:
@@ -94,9 +99,11 @@ def _entries(description: Mapping[str, Any]) -> list[dict[str, Any]]:
     return entries
 
 
-def _empty(module: nn.Module, entry: Mapping[str, Any], dtype: torch.dtype) -> Packed:
+def _empty(module: nn.Module, entry: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """The empty quantized module that takes the place of a float one."""
     data = {k: v for k, v in entry.items() if k not in ("kind", "modules")}
+    if entry["kind"] == "vacant":
+        return Vacant(outputs_of(module))
     if not isinstance(data["format"], str):
         raise TypeError(f"format={data['format']!r} is not a name")
     packed: Packed
@@ -104,6 +111,8 @@ def _empty(module: nn.Module, entry: Mapping[str, Any], dtype: torch.dtype) -> P
         if not isinstance(module, nn.Embedding):
             raise TypeError(f"is a {type(module).__name__}, not an embedding")
         packed = QuantEmbedding.from_json(data, like=module, dtype=dtype)
+    elif entry["kind"] == "features":
+        packed = FeatureTable.from_json(data, outputs_of(module), inner=module, dtype=dtype)
     else:
         found = linear_shape(module)
         if entry["kind"] != "linear" or found is None:

@@ -12,7 +12,7 @@ class Ledger:
     """Bits on disk (tensor data; a safetensors header adds some hundred bytes a tensor).
 
     Attributes:
-        weights: how many weights are quantized.
+        weights: how many weights are quantized, and values of stored features.
         weight_bits: what is stored for them: codes, scales, zero points, codebooks, branches, input tables.
         others: how many values are kept in full precision (norms, biases, embeddings, heads).
         other_bits: what is stored for those.
@@ -42,7 +42,8 @@ class Ledger:
 
 def site_bits(module: Packed) -> int:
     """What a quantized module stores for its weight (its bias is not part of it)."""
-    return sum(8 * t.numel() * t.element_size() for name, t in module.state_dict().items() if name != "bias")
+    own = (t for name, t in module.state_dict().items() if name != "bias" and "." not in name)
+    return sum(8 * t.numel() * t.element_size() for t in own)
 
 
 def true_bits(model: nn.Module) -> float:

@@ -1,4 +1,4 @@
-"""The loop: for each block capture -> rewrite -> solve -> install -> write -> run on.
+"""The loop: units with calls of their own; for each block capture -> rewrite -> solve -> install -> write -> run on.
 
 One block is on the compute device at a time. A finished block is written at once, so a run that was killed resumes
 where it was, with the same bytes in the end.
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from hf_quant.capture import Recording, collect, record, run_model
 from hf_quant.coverage import matches
+from hf_quant.diffusion.features import Features, features_of, store_features
 from hf_quant.diffusion.timesteps import Timed
 from hf_quant.errors import CalibrationError
 from hf_quant.groups import find_groups, inside
 from hf_quant.install import install
 from hf_quant.learning.fisher import fisher_states, of_inputs
-from hf_quant.learning.tuning import Surroundings, tune, updated
+from hf_quant.learning.tuning import Surroundings, floating, tune, updated
 from hf_quant.ledger import site_bits
 from hf_quant.plan import Plan, SitePlan
 from hf_quant.recipe import Job, Recipe
@@ -40,7 +41,7 @@ from hf_quant.stats import Stat, State
 
 @dataclass(slots=True, eq=False)
 class Loop:
-    """Quantizes the sites of a plan, in place: blocks in order of execution, what lies outside them, late units."""
+    """Quantizes the sites of a plan, in place: early units, blocks in order of execution, the rest, late units."""
 
     model: nn.Module
     recipe: Recipe
@@ -49,15 +50,17 @@ class Loop:
     batches: list[Batch]
     run_dir: RunDir
     gradients: dict[str, dict[Stat, State]] = field(default_factory=dict)  # of sites that want them, before any change
-    floats: dict[str, nn.Module] = field(default_factory=dict)  # every site's float layer, when a late unit needs them
+    floats: dict[str, nn.Module] = field(default_factory=dict)  # every site's float layer, when a wide unit needs them
+    early: dict[str, nn.Module] = field(default_factory=dict)  # float layers of what was done before the blocks
+    gone: dict[str, Entry] = field(default_factory=dict)  # of parameters that stored features made needless
     timed: Timed | None = None  # when input ranges depend on the timestep
 
     def run(self) -> list[Entry]:
-        """Every block in order, then the sites outside all blocks, then units that span several."""
+        """Units with calls of their own, every block in order, sites outside all blocks, units that span several."""
         entries: list[Entry] = []
         wanted = {p.site.name: p.recipe.needs for p in self.plan.sites.values() if p.recipe.needs}
         self.gradients = reduce_states(fisher_states(self.model, self.batches, wanted))
-        if self.plan.late:
+        if self.plan.late or self.plan.early:
             names = [n for p in self.plan.sites.values() for n in (p.site.name, *p.shares)]
             self.floats = {name: self.model.get_submodule(name) for name in names}
         with torch.no_grad():
@@ -66,12 +69,14 @@ class Loop:
             if self.batches and self.plan.blocks:
                 entries += self._calibrated_blocks()
             else:
+                entries += self._early_units()
                 for block in self._track(self.plan.blocks):
                     entries += self._finish_data_free(block, self.plan.in_block(block))
             entries += self._outside()
             for unit in track(self.plan.late, description="tuning", enabled=self.job.progress and bool(self.plan.late)):
                 entries = self._late(unit, entries)
-        return entries
+        self.plan = replace(self.plan, kept=tuple(self.gone.get(e.name, e) for e in self.plan.kept))
+        return [self.gone.get(e.name, e) for e in entries]
 
     # ---- blocks -------------------------------------------------------------------------------------------------
 
@@ -83,7 +88,9 @@ class Loop:
         for name in self.plan.blocks:
             if name not in run:  # all of it was allowed by name, or is kept
                 yield from self._finish_data_free(name, self.plan.in_block(name))
-        recording, changed = fp_recording, any(p.site.kind == "embedding" for p in self.plan.sites.values())
+        yield from self._early_units()
+        recording = fp_recording
+        changed = bool(self.early) or any(p.site.kind == "embedding" for p in self.plan.sites.values())
         progress = iter(self._track(self.plan.blocks))
         for chain in fp_recording.chains:
             if changed:
@@ -128,7 +135,8 @@ class Loop:
         block = self.model.get_submodule(name)
         home = self._home()
         block.to(device)
-        plans = self.plan.in_block(name)
+        plans = [p for p in self.plan.in_block(name) if p.site.name not in self.early]
+        early = {n: module for n, module in self.early.items() if n.startswith(f"{name}.")}
 
         memo = Memo(block)
 
@@ -144,15 +152,17 @@ class Loop:
         units = self.plan.inside.get(name, ())
         two_streams = any(s.two_streams for p in plans for s in p.recipe.needs)
         # past the untouched block, before a rewrite or a resumed run changes it
-        passed = [run_fp(block, i).to(home) for i in range(len(twins))] if self._two_paths() else twins
-        entries = self.run_dir.load(name, block)
+        with floating(self.model, early):
+            passed = [run_fp(block, i).to(home) for i in range(len(twins))] if self._two_paths() else twins
+            entries = self.run_dir.load(name, block)  # with what was done early, which is put back
         if self.timed is not None:
             self.timed.give(block)
         if entries is None:
             groups = find_groups(block, name, [p.site for p in plans], lambda b: run(b, 0)) if plans else []
             Transforming(self.model, block, name, run, self.batches, self.plan.sites).apply(self.recipe, groups)
-            fp_block = copy.deepcopy(block) if two_streams else None
-            floats = {p.site.name: self.model.get_submodule(p.site.name) for p in plans}
+            with floating(self.model, early):
+                fp_block = copy.deepcopy(block) if two_streams else None
+            floats = early | {p.site.name: self.model.get_submodule(p.site.name) for p in plans}
             entries = []
             waves = self.recipe.traversal.waves(groups)
             for k, wave in enumerate(waves):
@@ -242,7 +252,10 @@ class Loop:
 
     def _outside(self) -> list[Entry]:
         """Linear sites outside every block: their inputs are seen in a forward of the whole model."""
-        plans = [p for p in self.plan.in_block("") if p.site.kind != "embedding"]
+        left = [p for p in self.plan.in_block("") if p.site.name not in self.early]
+        return self._by_whole_forwards([p for p in left if p.site.kind != "embedding"])
+
+    def _by_whole_forwards(self, plans: Sequence[SitePlan]) -> list[Entry]:
         if not plans:
             return []
         wanted = {p.site.name: of_inputs(p.recipe.needs) for p in plans if of_inputs(p.recipe.needs)}
@@ -254,11 +267,47 @@ class Loop:
 
     # ---- units that span more than a block ----------------------------------------------------------------------
 
+    def _early_units(self) -> list[Entry]:
+        """Those that bring their own calls: the blocks are fitted on what these then compute, against the floats."""
+        entries: list[Entry] = []
+        wanted = self._features()
+        shown = self.job.progress and bool(self.plan.early)
+        for unit in track(self.plan.early, description="tuning", enabled=shown):
+            entries += self._tuned(unit, partial(self._by_whole_forwards, [self.plan.sites[n] for n in unit.sites]))
+            self.early.update(unit.sites)
+        return entries if wanted is None else entries + self._store(wanted)
+
+    def _features(self) -> Features | None:
+        """What layers make of the timestep alone, where it is to be stored."""
+        if self.recipe.serving is None:
+            return None
+        assert self.timed is not None  # noqa: S101  where something is stored by timestep there is a clock
+        kept = [*self.job.skip, *(pattern for pattern, own in self.job.overrides.items() if own is None)]
+        asked = [name for name, _ in self.model.named_modules() if matches(name, kept)]
+        return features_of(self.model, self.recipe.serving, self.timed, asked)
+
+    def _store(self, wanted: Features) -> list[Entry]:
+        assert self.recipe.serving is not None  # noqa: S101  see `_features`
+        assert self.timed is not None  # noqa: S101
+        left = [p for n, p in self.plan.sites.items() if n in wanted.block.sites and n not in self.early]
+        self.early |= {p.site.name: self.model.get_submodule(p.site.name) for p in left}
+        entries = self._by_whole_forwards(left)
+        replaced, changed = store_features(self.model, self.recipe.serving, wanted, self.timed)
+        self.early = replaced | self.early  # of what was quantized before, the float layers
+        self.gone = {e.name: e for e in changed if e.status == "kept"}
+        return entries + [e for e in changed if e.status == "quantized"]
+
     def _late(self, unit: Unit, entries: list[Entry]) -> list[Entry]:
-        """Fit one, or take it from the run directory."""
+        """Fit one."""
+        by_name = {e.name: e for e in self._tuned(unit, lambda: entries)}
+        return [by_name.get(e.name, e) for e in entries]
+
+    def _tuned(self, unit: Unit, solve_first: Callable[[], list[Entry]]) -> list[Entry]:
+        """Fit a unit, or take it from the run directory; the entries of its sites."""
         held = nn.ModuleList([unit.sites[name] for name in unit.sites])
         done = self.run_dir.load(f"tuned-{unit.name}", held)
         if done is None:
+            entries = solve_first()
             run = lambda i: run_model(self.model, self.batches[i], self._home())  # noqa: E731
             around = Surroundings(self.model, self.floats, run, run, self.batches, self._device(), self.timed)
             tuned = tune(unit, self._tuner(), around, self.plan.sites, self.job.seed)
@@ -269,8 +318,7 @@ class Loop:
             self.model.set_submodule(name, module)
         if self.timed is not None:
             self.timed.give(self.model)
-        by_name = {e.name: e for e in done}
-        return [by_name.get(e.name, e) for e in entries]
+        return done
 
     def _tuner(self) -> Tuner:
         assert self.recipe.tuner is not None  # noqa: S101  there are units

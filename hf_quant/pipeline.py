@@ -62,7 +62,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
                 entries, training = train(model, recipe.trainer, loop.plan, floats, batches, job, entries)
     return Report(
         method={},
-        coverage=tuple(entries) + plan.kept,
+        coverage=tuple(entries) + loop.plan.kept,
         seconds=run_dir.seconds + time.perf_counter() - started,
         peak_bytes=peak_bytes(),
         calibration=describe_batches(batches, job),

@@ -43,8 +43,9 @@ class SitePlan:
 class Plan:
     """Every site with its recipe, and an entry for every parameter that stays as it is.
 
-    Of the units that a tuner fits, those inside a block are fitted when that block is solved (`inside`), those that
-    span more of the model when all of it is (`late`).
+    Of the units that a tuner fits, those that bring their own calls are fitted before the blocks, which then see what
+    they compute (`early`); those inside a block when that block is solved (`inside`); those that span more of the model
+    when all of it is (`late`).
     """
 
     blocks: tuple[str, ...]
@@ -54,6 +55,7 @@ class Plan:
     budget: Budget | None = None
     inside: Mapping[str, tuple[Unit, ...]] = field(default_factory=dict)
     late: tuple[Unit, ...] = ()
+    early: tuple[Unit, ...] = ()
 
     def in_block(self, block: str) -> list[SitePlan]:
         """The plans of the sites in this block ("" for those outside every block), in module order."""
@@ -180,11 +182,10 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
         )
     rest = coverage(model, sites, reasons, job)
     budget = recipe.allocator.budget if recipe.allocator else None
-    inside, late = _units(model, recipe, sites) if recipe.tuner is not None else ({}, ())
     small = small_bits(model, sites, rest) + untied_bits(model, recipe)
-    plan = Plan(tuple(find_blocks(model)), sites, rest, small, budget, inside, late)
+    plan = Plan(tuple(find_blocks(model)), sites, rest, small, budget)
     _refuse_unreachable(plan)
-    return plan
+    return with_units(plan, model, recipe, ())
 
 
 def _refuse_unreachable(plan: Plan) -> None:
@@ -203,10 +204,13 @@ def _refuse_unreachable(plan: Plan) -> None:
 
 def _refuse_unrun(recipe: Recipe, job: Job) -> None:
     """A stage that the loop does not run yet must not be passed over in silence."""
-    for stage in ("serving", "cache"):
-        if getattr(recipe, stage):
-            raise UnsupportedSpec(f"the recipe has a {stage}, which the loop does not run yet")
+    if recipe.cache is not None:
+        raise UnsupportedSpec("the recipe has a cache, which the loop does not run yet")
+    if recipe.serving is not None and recipe.transforms:
+        raise UnsupportedSpec("features are stored as the model computes them: the recipe cannot have transforms too")
     for pattern, other in job.overrides.items():
+        if other is not None and other.serving not in (None, recipe.serving):
+            raise UnsupportedSpec(f"the override {pattern!r} stores features otherwise than the rest of the model")
         if other is not None and other.trainer not in (None, recipe.trainer):
             raise UnsupportedSpec(
                 f"the override {pattern!r} trains otherwise than the rest, and there is one training of the whole "
@@ -223,15 +227,7 @@ def with_units(plan: Plan, model: nn.Module, recipe: Recipe, batches: Sequence[B
     """The plan with the units of the recipe's tuner, which may look at the data."""
     if recipe.tuner is None:
         return plan
-    inside, late = _units(model, recipe, plan.sites, batches)
-    return replace(plan, inside=inside, late=late)
-
-
-def _units(
-    model: nn.Module, recipe: Recipe, sites: Mapping[str, SitePlan], batches: Sequence[Batch] = ()
-) -> tuple[dict[str, tuple[Unit, ...]], tuple[Unit, ...]]:
-    """The units of the recipe's tuner: those inside each block, and those that span more."""
-    assert recipe.tuner is not None  # noqa: S101
+    sites = plan.sites
     if processes() > 1:
         raise UnsupportedSpec("a tuner fits against all of the data: run it in one process")
     if recipe.splitter is not None or recipe.repairs:
@@ -239,24 +235,27 @@ def _units(
     mine = [p.site for p in sites.values() if p.recipe.tuner is not None and p.site.kind != "embedding"]
     if other := [s.name for s in mine if sites[s.name].recipe.tuner != recipe.tuner]:
         raise UnsupportedSpec(f"{other[0]}: an override cannot bring a tuner of its own; give it the same settings")
-    blocks = find_blocks(model)
     inside: dict[str, tuple[Unit, ...]] = {}
     late: list[Unit] = []
-    for unit in recipe.units.units(model, blocks, mine, batches):
+    units = recipe.units.units(model, plan.blocks, mine, batches)
+    early = [u for u in units if u.calls is not None]
+    for unit in [u for u in units if u.calls is None]:
         where = {sites[name].site.block for name in unit.sites}
         block = where.pop() if len(where) == 1 else ""
-        within = bool(block) and any(m is unit.module for m in model.get_submodule(block).modules())
-        if within and unit.calls is None:
+        if block and any(m is unit.module for m in model.get_submodule(block).modules()):
             inside[block] = (*inside.get(block, ()), unit)
         else:
             late.append(unit)
-    if not inside and not late:
+    if not units:
         raise UnsupportedSpec(f"{type(recipe.units).__name__} finds nothing to fit in this model")
-    if late and recipe.transforms:
-        raise UnsupportedSpec(f"unit {late[0].name} spans more than a block, which a transform does not allow yet")
-    if late and recipe.tuner.loss.gradients and any(u.calls or not isinstance(u.module, Chain) for u in late):
+    wide = early + late
+    if wide and recipe.transforms:
+        raise UnsupportedSpec(f"unit {wide[0].name} spans more than a block, which a transform does not allow yet")
+    if recipe.tuner.loss.gradients and any(not isinstance(u.module, Chain) for u in wide):
         raise UnsupportedSpec(f"{type(recipe.tuner.loss).__name__} weighs outputs inside a model: use units of blocks")
-    return inside, tuple(late)
+    if two := [n for u in early for n in u.sites if any(s.two_streams for s in sites[n].recipe.needs)]:
+        raise UnsupportedSpec(f"{two[0]}: fitted before the blocks, where there is no second stream for its solver yet")
+    return replace(plan, inside=inside, late=tuple(late), early=tuple(early))
 
 
 def _site_plan(model: nn.Module, site: Site, recipe: Recipe, shares: tuple[str, ...]) -> SitePlan:

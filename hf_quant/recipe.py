@@ -103,7 +103,7 @@ class Recipe(HfQuantizer):
     allocator: Allocator | None = None
     repairs: tuple[Repair, ...] = ()
     trainer: Trainer | None = None
-    serving: tuple[Serving, ...] = ()
+    serving: Serving | None = None
 
     @property
     def transform_needs(self) -> tuple[Stat, ...]:

@@ -82,6 +82,19 @@ def linear_shape(module: nn.Module) -> tuple[Kind, tuple[int, int]] | None:
     return None
 
 
+def outputs_of(module: nn.Module) -> int:
+    """Width of what a linear layer or an embedding puts out.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    if (found := linear_shape(module)) is None:
+        raise TypeError(f"is a {type(module).__name__}, neither a linear layer nor an embedding")
+    return found[1][0]
+
+
 def find_blocks(model: nn.Module) -> list[str]:
     """Paths of the repeated blocks: children of every outermost ModuleList whose members all hold a linear."""
     blocks: list[str] = []

@@ -6,7 +6,8 @@ Every call of a torch function and of a quantizable layer is written down; what 
 then be run by itself. Names and classes of modules play no part, so U-Nets and transformers are treated alike.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -46,22 +47,38 @@ class TemporalBlock(nn.Module):
     B is the number of rows that were watched: the network may have made constants of that size.
     """
 
-    def __init__(self, sites: Mapping[str, nn.Module], steps: Sequence[Step], given: Sequence[str], rows: int) -> None:
+    def __init__(self, sites: Mapping[str, nn.Module], tape: "_Tape", given: Sequence[str], rows: int) -> None:
         super().__init__()
-        inner = _inner(steps)
-        self.ends = [s.out[0] for s in steps if s.site is not None and s.site not in inner]
-        self.steps = _needed(steps, self.ends)
+        self.tape = tuple(tape.steps), frozenset(tape.escaped)
+        self.ends, self.steps = _ends(*self.tape)
         self.sites = {s.site: sites[s.site] for s in self.steps if s.site is not None}
         self.parts = nn.ModuleList(self.sites.values())
         self.given, self.rows = tuple(given), rows
+        calls = Counter(s.site for s in tape.steps)
+        self.storable = [name for name in self.ends if calls[name] == 1 and name not in tape.mixed_sites]
+        self.elsewhere = frozenset(tape.mixed_sites)
 
     def forward(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """The outputs of those layers that no other temporal layer reads, side by side."""
+        """The outputs of the layers that the rest of the network reads, side by side."""
+        return torch.cat([v.flatten(1) for v in self.features(timestep, class_labels).values()], 1)
+
+    def features(self, timestep: Tensor, class_labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The same by layer."""
         values: dict[int, Any] = dict(enumerate((timestep, class_labels)))  # as they stand in `CONDITIONS`
         for step in self.steps:
             out = step.call(*_filled(step.args, values), **_filled(step.kwargs, values))
             values.update(zip(step.out, _tensors(out), strict=True))
-        return torch.cat([values[end].flatten(1) for end in self.ends], 1)
+        return {name: values[end] for name, end in self.ends.items()}
+
+    def needless(self, stored: Collection[str]) -> list[str]:
+        """The layers that nothing needs when what these put out is stored; they themselves are not among them."""
+        steps, wanted = self.tape[0], set(self.tape[1])
+        needed = {*stored, *self.elsewhere}
+        for step in reversed(steps):
+            if wanted & set(step.out) and step.site not in stored:
+                wanted |= {s.at for s in _slots((step.args, step.kwargs))}
+                needed.add(step.site or "")
+        return list(dict.fromkeys(s.site for s in steps if s.site is not None and s.site not in needed))
 
     def conditions(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
         """Every combination in the batches, once, in calls of `rows`; the last call is filled up with its last row."""
@@ -95,11 +112,11 @@ def temporal_block(model: nn.Module, sites: Sequence[str], batch: Batch) -> Temp
         for name in sites:
             stack.enter_context(tape.site(name, model.get_submodule(name)))
         with tape:
-            run_model(model, inputs, device)
+            tape.read(run_model(model, inputs, device))
     ran = [s.site for s in tape.steps if s.site is not None]
     if not ran:
         return None
-    return TemporalBlock({n: model.get_submodule(n) for n in ran}, tape.steps, given, rows)
+    return TemporalBlock({n: model.get_submodule(n) for n in ran}, tape, given, rows)
 
 
 class _Tape(TorchFunctionMode):
@@ -110,6 +127,8 @@ class _Tape(TorchFunctionMode):
         self.steps: list[Step] = []
         self.slots: dict[int, Slot] = {}  # id of a temporal tensor
         self.mixed: set[int] = set()  # ids of what other inputs led to
+        self.mixed_sites: set[str] = set()  # sites that have made some of it
+        self.escaped: set[int] = set()  # slots that the rest of the network reads
         self.alive: list[Any] = []  # so that an id means one tensor
         self.inside = 0
 
@@ -136,12 +155,18 @@ class _Tape(TorchFunctionMode):
             return
         self.alive += [*made, *read]
         if any(id(x) in self.mixed for x in read):
+            self.read(read)
+            self.mixed_sites |= {site} - {None}
             self.mixed.update(id(x) for x in made)
             for x in made:
                 self.slots.pop(id(x), None)  # written into by something that is not temporal
         elif any(id(x) in self.slots for x in read):
             args, kwargs = self._slotted(args), self._slotted(kwargs)
             self.steps.append(Step(call, site, args, kwargs, tuple(self.add(x) for x in made)))
+
+    def read(self, value: Any) -> None:  # noqa: ANN401
+        """Something that is not temporal reads it, or the network puts it out."""
+        self.escaped |= {self.slots[id(x)].at for x in _tensors(value) if id(x) in self.slots}
 
     def _slotted(self, value: Any) -> Any:  # noqa: ANN401  nested arguments of any kind
         if isinstance(value, Tensor):
@@ -167,26 +192,21 @@ class _Tape(TorchFunctionMode):
         return stack
 
 
-def _inner(steps: Sequence[Step]) -> set[str]:
-    """Sites whose output reaches another site."""
-    came: dict[int, frozenset[str]] = {}
-    inner: set[str] = set()
-    for step in steps:
-        sources = frozenset[str]().union(*(came.get(s.at, frozenset()) for s in _slots((step.args, step.kwargs))))
-        if step.site is not None:
-            inner |= sources
-            sources = frozenset([step.site])
-        came.update(dict.fromkeys(step.out, sources))
-    return inner
-
-
-def _needed(steps: Sequence[Step], ends: Sequence[int]) -> list[Step]:
-    wanted, kept = set(ends), []
+def _ends(steps: Sequence[Step], escaped: Collection[int]) -> tuple[dict[str, int], list[Step]]:
+    """The last sites before what the rest of the network reads, each with the slot it fills; and all they need."""
+    wanted, ends = set(escaped), dict[str, int]()
+    for step in reversed(steps):
+        if wanted & set(step.out):
+            if step.site is None:
+                wanted |= {s.at for s in _slots((step.args, step.kwargs))}
+            else:
+                ends.setdefault(step.site, step.out[0])
+    wanted, kept = set(ends.values()), list[Step]()
     for step in reversed(steps):
         if wanted & set(step.out):
             kept.append(step)
             wanted |= {s.at for s in _slots((step.args, step.kwargs))}
-    return kept[::-1]
+    return dict(reversed(ends.items())), kept[::-1]
 
 
 def _leaves(value: Any) -> Iterator[Any]:  # noqa: ANN401  nested arguments of any kind

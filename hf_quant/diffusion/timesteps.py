@@ -10,7 +10,7 @@ from hf_quant.errors import CalibrationError, UnsupportedSpec
 from hf_quant.plan import Plan
 from hf_quant.recipe import Recipe
 from hf_quant.runtime.activation import timed
-from hf_quant.runtime.clock import NAME, Clock, position_in
+from hf_quant.runtime.clock import CLASSES, NAME, Clock, parameters_of
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.transform import WholeTransform
@@ -24,8 +24,8 @@ class Timed:
     batches: Sequence[Batch]
 
     def set_to(self, i: int) -> None:
-        """Before a block alone runs on batch i."""
-        self.clock.entry_B = self.batches[i]["@" + NAME]
+        """Before a part of the network alone runs on batch i."""
+        self.clock.set_to(self.batches[i][NAME], self.batches[i].get(CLASSES))
 
     def give(self, module: nn.Module) -> None:
         """To every layer with a table."""
@@ -35,7 +35,7 @@ class Timed:
 
 
 def follow_timesteps(model: nn.Module, recipe: Recipe, plan: Plan, batches: list[Batch]) -> Timed | None:
-    """A clock on the model, and in every batch the tag "@timestep", when the plan has input ranges by timestep.
+    """A clock on the model, and in every batch the tag "@timestep", when the plan has tables by timestep.
 
     The entries' timesteps are those of the data, or evenly chosen of them when it has more than entries.
 
@@ -45,6 +45,8 @@ def follow_timesteps(model: nn.Module, recipe: Recipe, plan: Plan, batches: list
         UnsupportedModel: the model takes no timestep.
     """
     sizes = {i.entries for p in plan.sites.values() if (i := p.recipe.inputs) is not None and timed(i)}
+    if recipe.serving is not None:
+        sizes.add(recipe.serving.entries)
     if not sizes:
         return None
     if len(sizes) > 1:
@@ -52,7 +54,7 @@ def follow_timesteps(model: nn.Module, recipe: Recipe, plan: Plan, batches: list
     whole = any(isinstance(t, WholeTransform) for t in recipe.transforms)
     if recipe.trainer or recipe.allocator or recipe.splitter or whole:
         raise UnsupportedSpec("input ranges by timestep do not go with a trainer, allocator, splitter or rotation yet")
-    position_in(model)
+    parameters_of(model)
     if any(NAME not in b for b in batches):
         raise CalibrationError("input ranges by timestep need batches with the model's `timestep`, [] or [B]")
     found = torch.cat([b[NAME].reshape(-1).float().cpu() for b in batches]).unique()

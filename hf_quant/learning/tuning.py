@@ -19,7 +19,7 @@ from hf_quant.diffusion.timesteps import Timed
 from hf_quant.errors import UnsupportedModel
 from hf_quant.plan import SitePlan
 from hf_quant.report import Entry
-from hf_quant.runtime.clock import NAME
+from hf_quant.runtime.clock import CLASSES, NAME
 from hf_quant.runtime.install import install_linear
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.solve import relative_error
@@ -82,10 +82,14 @@ class Surroundings:
             with floating(self.model, self.floats), torch.no_grad():
                 calls = [to_device(call, self.device) for call in unit.calls]
                 targets = [loss.remember(first_tensor(unit.module(*a, **k))).to(CPU) for a, k in calls]
-            entries = [None if self.timed is None else self.timed.clock.nearest(k[NAME]) for _, k in unit.calls]
+            found = [Example(call, call, target) for call, target in zip(unit.calls, targets, strict=True)]
+            if self.timed is None:
+                return found
+            clock = self.timed.clock
+            moments = [(k[NAME], k.get(CLASSES)) for _, k in unit.calls]
             return [
-                Example(call, call, target, entry_B=entry_B)
-                for call, target, entry_B in zip(unit.calls, targets, entries, strict=True)
+                replace(e, entry_B=clock.nearest(m[0]), enter=partial(clock.set_to, *m))
+                for e, m in zip(found, moments, strict=True)
             ]
         count = len(self.batches)
         calls = [_watch(unit, partial(self.run, i), None)[0] for i in range(count)]
@@ -95,10 +99,13 @@ class Surroundings:
             if loss.gradients:
                 weights = [_squared_gradient(self.model, unit, b, seed + i) for i, b in enumerate(self.batches)]
         found = []
-        for call, (fp_call, target), weight, batch in zip(calls, seen, weights, self.batches, strict=True):
+        enters = [None if self.timed is None else partial(self.timed.set_to, i) for i in range(count)]
+        for call, (fp_call, target), weight, batch, enter in zip(
+            calls, seen, weights, self.batches, enters, strict=True
+        ):
             assert target is not None  # noqa: S101  the unit ran
             _refuse_other_tokens(unit, call, fp_call)
-            found.append(Example(call, fp_call, target, weight, batch.get("@" + NAME)))
+            found.append(Example(call, fp_call, target, weight, batch.get("@" + NAME), enter))
         return found
 
 

@@ -79,10 +79,7 @@ class QuantEmbedding(Packed, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids `[...]` -> `[..., K]` in the compute dtype."""
-        tensors = self.packed_tensors()
-        values = [tensors[name] for name in sorted(tensors)]
-        rows: Tensor = _rows(input.reshape(-1), values, self.format.id, self.layer.key, self.compute_dtype)
-        return rows.reshape(*input.shape, self.embedding_dim)
+        return rows_of(self, input.reshape(-1)).reshape(*input.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
@@ -168,6 +165,14 @@ def retie(model: nn.Module) -> None:
 
 def _owner(model: nn.Module, key: str) -> nn.Module:
     return model.get_submodule(key.rpartition(".")[0])
+
+
+def rows_of(table: Packed, ids_T: Tensor) -> Tensor:
+    """Rows of a packed matrix, `[T, K]` in its compute dtype."""
+    tensors = table.packed_tensors()
+    values = [tensors[name] for name in sorted(tensors)]
+    rows: Tensor = _rows(ids_T, values, table.format.id, table.layer.key, table.compute_dtype)
+    return rows
 
 
 @torch.library.custom_op("hf_quant::rows", mutates_args=())

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.errors import UnsupportedModel
+from hf_quant.errors import NotSupported, UnsupportedModel
 from hf_quant.formats import PackedFormat
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.apart import put_back_all
 from hf_quant.runtime.branches import Branch
 from hf_quant.runtime.clock import unwatch
 from hf_quant.runtime.embedding import QuantEmbedding, tied_embedding, tied_head
+from hf_quant.runtime.features import FeatureTable, Vacant
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import Packed
 from hf_quant.runtime.rotating import rotation_of, scale_of, shift_of
@@ -93,7 +94,15 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     Args:
         model: a quantized model.
         dtype: of the weights; default: each layer's compute dtype.
+
+    Raises:
+        NotSupported: layers are gone, whose outputs are stored.
     """
+    if gone := [name for name, module in model.named_modules() if isinstance(module, FeatureTable | Vacant)]:
+        raise NotSupported(
+            f"{len(gone)} layers, the first is {gone[0]}, are no longer there: what they put out is stored for every "
+            "timestep. Go back to the original model, or quantize it with tfmq-dm, which keeps them"
+        )
     tied: dict[int, nn.Parameter] = {}  # id of the shared codes -> the dense weight that is shared instead
     for name, module in list(model.named_modules()):
         if not isinstance(module, Packed):

@@ -341,6 +341,8 @@ class _Fit:
         args, kwargs = to_device(self._mix(example) if mixed else example.call, self.device)
         for quant in self.inputs.values():
             quant.entry_B = example.entry_B
+        if example.enter is not None:
+            example.enter()
         with parametrize.cached():
             out = first_tensor(self.unit.module(*args, **kwargs))
         weight = None if example.weight is None else example.weight.to(self.device)

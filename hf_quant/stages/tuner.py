@@ -1,6 +1,6 @@
 """Tuner: which codes, fitted for several sites together against what their unit computes? (AdaRound, BRECQ, TIAR)"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -141,6 +141,7 @@ class Example:
         target: what full precision makes of the latter, as `UnitLoss.remember` keeps it.
         weight: squared gradients of the model's loss at the unit's output, where the loss asks for them.
         entry_B: which entries of tables of input ranges its samples read, where there are tables.
+        enter: tells layers of the unit that are not fitted themselves which samples are about to run.
     """
 
     call: Call
@@ -148,6 +149,7 @@ class Example:
     target: Tensor
     weight: Tensor | None = None
     entry_B: Tensor | None = None
+    enter: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,10 +7,10 @@ g_i are the layers that end what depends on the timestep (and class) alone: the 
 the modulations of a transformer. They are fitted together, without images; all other layers block by block.
 
 Shapes: t `[B]`; g_i `[B, N_i]`; scale and zero of a layer's input `[timesteps, 1]`.
-Differs from the paper: the temporal layers are found by watching a forward, not by their names; they are fitted after
-the blocks, which thus do not make up for what is left of their error, at the timesteps and classes of the data; the
-finite set of ranges is used for every layer's input, since a table costs nothing at inference; the ranges are the
-extremes; rounding, penalty and schedule are `adaround`'s, with fewer steps.
+Differs from the paper: the temporal layers are found by watching a forward, not by their names; they are fitted at the
+timesteps and classes of the data, before the blocks, which then see what they compute; the finite set of ranges is used
+for every layer's input, since a table costs nothing at inference; the ranges are the extremes; rounding, penalty and
+schedule are `adaround`'s, with fewer steps.
 """
 
 from hf_quant.method import Paper, method
