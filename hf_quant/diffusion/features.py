@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def store_features(
         keeps = serving.keeps(wanted, V.dequantize().reshape(wanted.shape), own.wanted[name])
         if bool(keeps.all()):
             continue
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         inner = layer if bool(keeps.any()) else None
         table = FeatureTable.from_qtensor(
             V,
@@ -109,10 +110,10 @@ def store_features(
             clock=timed.clock,
             own=tuple(keeps.nonzero().flatten().tolist()),
             inner=inner,
-            dtype=layer.weight.dtype,  # type: ignore[union-attr, arg-type]
+            dtype=layer.weight.dtype,
         )
         replaced[name] = layer
-        model.set_submodule(name, table.to(layer.weight.device).train(layer.training))  # type: ignore[union-attr, arg-type]
+        model.set_submodule(name, table.to(layer.weight.device).train(layer.training))
         entries.append(_entry(name, table, wanted, V.dequantize()))
         if inner is None:
             stored.append(name)

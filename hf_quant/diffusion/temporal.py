@@ -156,7 +156,7 @@ class _Tape(TorchFunctionMode):
         self.alive += [*made, *read]
         if any(id(x) in self.mixed for x in read):
             self.read(read)
-            self.mixed_sites |= {site} - {None}
+            self.mixed_sites |= set() if site is None else {site}
             self.mixed.update(id(x) for x in made)
             for x in made:
                 self.slots.pop(id(x), None)  # written into by something that is not temporal

@@ -147,7 +147,7 @@ def bind(root: nn.Module) -> None:
     timed = [m for m in root.modules() if isinstance(getattr(m, "clock", None), Clock)]
     if not timed:
         return
-    classes = [m.clock.classes for m in timed if m.clock.classes]  # type: ignore[union-attr, arg-type]
+    classes = [m.clock.classes for m in timed if m.clock.classes]  # type: ignore[union-attr]
     if len(set(classes)) > 1:
         raise CheckpointError("the layers' stored features have different classes; the config is damaged")
     clock = Clock(timed[0].clock.steps, *classes[:1])  # type: ignore[union-attr, arg-type]
