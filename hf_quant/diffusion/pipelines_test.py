@@ -24,7 +24,7 @@ import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.diffusion.pipelines import is_pipeline
 from hf_quant.diffusion.timesteps_test import unet
-from hf_quant.errors import ConfigError, UnsupportedModel
+from hf_quant.errors import CalibrationError, ConfigError, UnsupportedModel
 from hf_quant.runtime.packed import Packed
 
 RTN = QuantConfig("rtn", bits=4, group_size=32)
@@ -183,9 +183,16 @@ def test_refusals_before_any_work() -> None:
         hf_quant.quantize(unet, INT8, class_labels=[1])
     with pytest.raises(ConfigError, match="are a pipeline's"):
         hf_quant.quantize(unet.unet, INT8, prompts=["a"])
-    unet.scheduler = None
-    with pytest.raises(UnsupportedModel, match="no scheduler"):
-        hf_quant.quantize(unet, INT8)
+    for scheduler, message in ((None, "no scheduler"), (object(), "object, which sets no timesteps")):
+        unet.scheduler = scheduler
+        with pytest.raises(UnsupportedModel, match=message):
+            hf_quant.quantize(unet, INT8)
+    with pytest.raises(ConfigError, match="4 samples are too few for 20 steps"):
+        QuantConfig("tdq", samples=4)
+    few = {"sample": torch.zeros(2, 1, 8, 8), "timestep": torch.tensor([1, 2])}
+    with pytest.raises(CalibrationError, match="2 timesteps, too few for 20"):
+        hf_quant.quantize(unet.unet, QuantConfig("tdq"), data=[few], progress=False)
+    assert not packed(unet.unet)
     hf_quant.quantize(unet, RTN, progress=False)
     with pytest.raises(UnsupportedModel, match="quantized already"):
         hf_quant.quantize(unet, RTN)
@@ -195,7 +202,7 @@ def test_refusals_before_any_work() -> None:
 
 
 def test_loading_whole_pipelines(tmp_path: Path) -> None:
-    """`PipelineQuantizationConfig` by mapping and by backend gives the same weights; one config alone is refused."""
+    """`PipelineQuantizationConfig` by mapping and by backend gives the same weights."""
     dit_pipeline().save_pretrained(tmp_path)
     one = PipelineQuantizationConfig(quant_mapping={"transformer": RTN})
     every = PipelineQuantizationConfig(
@@ -213,5 +220,24 @@ def test_loading_whole_pipelines(tmp_path: Path) -> None:
     assert '`QuantConfig("rtn", bits=4' in (tmp_path / "again" / "README.md").read_text()
     again = DiffusionPipeline.from_pretrained(tmp_path / "again")
     assert same_weights(again.transformer, memory.transformer)
-    with pytest.raises(ValueError, match="PipelineQuantizationConfig"):
-        DiffusionPipeline.from_pretrained(tmp_path, quantization_config=RTN)
+
+
+def test_configs_that_cannot_be_meant_are_refused_before_loading(tmp_path: Path) -> None:
+    """Where diffusers speaks of its own class, or only warns and leaves the component in full precision."""
+    dit_pipeline().save_pretrained(tmp_path)
+    for component, text in (("transfomer", "did you mean 'transformer'"), ("unet", "no component 'unet'")):
+        for config in (
+            PipelineQuantizationConfig(quant_mapping={component: RTN}),
+            PipelineQuantizationConfig(
+                quant_backend="hf_quant", quant_kwargs={"method": "rtn"}, components_to_quantize=[component]
+            ),
+        ):
+            with pytest.raises(ConfigError, match=text):
+                DiffusionPipeline.from_pretrained(tmp_path, quantization_config=config)
+    for kind in (DiffusionPipeline, DiTPipeline):
+        with pytest.raises(ConfigError, match=r"PipelineQuantizationConfig\(quant_mapping=.*hf_quant\.quantize"):
+            kind.from_pretrained(tmp_path, quantization_config=RTN)
+    with pytest.raises((OSError, ValueError), match="nowhere"):  # diffusers' own, for what is not there
+        DiffusionPipeline.from_pretrained(
+            str(tmp_path / "nowhere"), quantization_config=PipelineQuantizationConfig(quant_mapping={"unet": RTN})
+        )
