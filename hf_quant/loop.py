@@ -23,7 +23,7 @@ from hf_quant.install import install
 from hf_quant.learning.fisher import fisher_states, of_inputs
 from hf_quant.learning.tuning import Surroundings, floating, tune, updated
 from hf_quant.ledger import site_bits
-from hf_quant.plan import Plan, SitePlan
+from hf_quant.plan import Plan, SitePlan, with_weights
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry
 from hf_quant.rewriting.rewrite import float_weight
@@ -159,7 +159,8 @@ class Loop:
             self.timed.give(block)
         if entries is None:
             groups = find_groups(block, name, [p.site for p in plans], lambda b: run(b, 0)) if plans else []
-            Transforming(self.model, block, name, run, self.batches, self.plan.sites).apply(self.recipe, groups)
+            transforming = Transforming(self.model, block, name, run, self.batches, self.plan.sites)
+            self.plan = with_weights(self.plan, self.model, transforming.apply(self.recipe, groups))
             with floating(self.model, early):
                 fp_block = copy.deepcopy(block) if two_streams else None
             floats = early | {p.site.name: self.model.get_submodule(p.site.name) for p in plans}

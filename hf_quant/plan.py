@@ -17,6 +17,7 @@ from hf_quant.report import Entry
 from hf_quant.running.distributed import processes
 from hf_quant.runtime.experts import Experts
 from hf_quant.sites import Site, find_blocks, kept_reason, walk
+from hf_quant.spec import Spec
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.solver import Nearest
 from hf_quant.stages.tuner import Chain, Unit
@@ -221,6 +222,17 @@ def _refuse_unrun(recipe: Recipe, job: Job) -> None:
     for stage in ("transforms", "splitter", "repairs", "inputs"):
         if getattr(recipe, stage):
             raise UnsupportedSpec(f"a trainer works on the weights as they are: the recipe cannot have {stage} too")
+
+
+def with_weights(plan: Plan, model: nn.Module, specs: Mapping[str, Spec]) -> Plan:
+    """The plan with the weights of some sites quantized otherwise.
+
+    Raises:
+        UnsupportedSpec: a solver or every format refuses one.
+    """
+    changed = {n: (plan.sites[n], replace(plan.sites[n].recipe, weights=spec)) for n, spec in specs.items()}
+    sites = {n: _site_plan(model, old.site, recipe, old.shares) for n, (old, recipe) in changed.items()}
+    return replace(plan, sites={**plan.sites, **sites})
 
 
 def with_units(plan: Plan, model: nn.Module, recipe: Recipe, batches: Sequence[Batch]) -> Plan:

@@ -16,6 +16,7 @@ from hf_quant.rewriting.pairs import link
 from hf_quant.rewriting.rewrite import float_weight, fold, producer_rows
 from hf_quant.running.distributed import reduce_states
 from hf_quant.sites import SiteGroup, linear_shape
+from hf_quant.spec import Spec
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.transform import (
     Diagonal,
@@ -52,22 +53,25 @@ class Transforming:
     batches: Sequence[Batch]
     sites: Mapping[str, SitePlan]
 
-    def apply(self, recipe: Recipe, groups: Sequence[SiteGroup]) -> None:
+    def apply(self, recipe: Recipe, groups: Sequence[SiteGroup]) -> dict[str, Spec]:
         """Let every transform of the recipe look at every group; verify that the block still computes the same.
+
+        Returns the specs of sites whose weights are to be quantized otherwise than planned.
 
         Raises:
             UnsupportedModel: it does not.
         """
         transforms = [t for t in recipe.transforms if not isinstance(t, WholeTransform)]
+        specs: dict[str, Spec] = {}
         if not transforms or not groups:
-            return
+            return specs
         before = self.run(self.block, 0)
         groups = link(groups, self.block, self.name, lambda b: self.run(b, 0))
         if any(isinstance(t, JoinTransform) for t in transforms):
             groups = with_joins(groups, self.block, self.name, lambda b: self.run(b, 0))
         for transform in transforms:
             for _ in range(ROUNDS if isinstance(transform, PairTransform) else 1):
-                if not self._once(recipe, groups, transform):
+                if not self._once(recipe, groups, transform, specs):
                     break
         drift = float((self.run(self.block, 0) - before).float().norm() / before.float().norm().clamp_min(1e-12))
         if drift > TOLERANCE[before.dtype]:
@@ -75,12 +79,14 @@ class Transforming:
                 f"the rewrite changed what block {self.name} computes (relative drift {drift:.2e}): this architecture "
                 "uses a norm's output in a way that cannot be seen; use a method without a transform, such as gptq"
             )
+        return specs
 
     def _once(
         self,
         recipe: Recipe,
         groups: Sequence[SiteGroup],
         transform: Transform | PairTransform | OnlineTransform | JoinTransform,
+        specs: dict[str, Spec],
     ) -> bool:
         """Offer every group that it can rewrite to a transform; whether it rewrote one."""
         able = [g for g in groups if isinstance(transform, OnlineTransform) or g.producer is not None]
@@ -105,7 +111,10 @@ class Transforming:
                 rewrite = transform.pair(rows, Ws, stats, own.weights, own.inputs, recipe.range)
             elif isinstance(transform, JoinTransform):
                 assert group.parts is not None  # noqa: S101  such groups alone are able
-                rewrite = transform.join(group.parts, Ws, stats, own.weights, own.inputs)
+                weights = transform.weights(group.parts, own.weights, own.inputs)
+                rewrite = transform.join(group.parts, Ws, stats, weights, own.inputs)
+                if rewrite is not None and weights != own.weights:
+                    specs.update((site.name, weights) for site in group.sites)
             elif isinstance(transform, OnlineTransform):
                 rewrite = transform.online(Ws, stats, own.weights, own.inputs, recipe.range)
             else:

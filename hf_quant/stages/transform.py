@@ -115,6 +115,9 @@ class JoinTransform(Protocol):
     ) -> Diagonal | None:
         """The rewrite, or None. `parts_K` numbers the part that each input channel came from."""
 
+    def weights(self, parts_K: Tensor, weights: Spec, inputs: Spec | None) -> Spec:
+        """How the group's weights are quantized: with other blocks, where those of the recipe lie across parts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:

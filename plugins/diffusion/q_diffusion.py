@@ -8,12 +8,15 @@ Shapes: W_NK weight, scale and zero `[N, K / group_size]`; `parts_K` numbers the
 The second half's step is `s_2 = r s_1`: its channels are divided by r while the model runs (`pre_scale` `[K]`) and its
 columns are multiplied by r before they are rounded.
 Differs from the paper: weights have a scale for every `group_size` columns and a zero point, finer than one for each
-half, and what has groups in both halves at once is not split; r is the ratio of the largest magnitudes; both halves
-share the code of zero; ranges of inputs are searched, then learned with the rounding; see `adaround` for the rounding.
+half; where a group would lie in both halves, groups are as wide as the widest that divides both (`group_size=-1`: the
+halves themselves, if equal); r is the ratio of the largest magnitudes; both halves share the code of zero; ranges of
+inputs are searched, then learned with the rounding; see `adaround` for the rounding.
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import ClassVar
 
 import torch
@@ -31,6 +34,9 @@ from hf_quant.stages.transform import Diagonal
 from hf_quant.stats import AbsMax, Stat, Stats
 
 LEAST = 1e-3  # of the larger half's step: an empty half has none
+NARROWEST = 8  # columns that a scale is worth having for
+
+_log = logging.getLogger("hf_quant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +45,23 @@ class SplitShortcuts:
 
     needs: ClassVar[tuple[Stat, ...]] = (AbsMax(),)
 
+    def weights(self, parts_K: Tensor, weights: Spec, inputs: Spec | None) -> Spec:
+        """See `JoinTransform.weights`."""
+        group = weights.block_size((1, len(parts_K)))[1]
+        if not _straddles(parts_K, group) or not _stored(inputs):
+            return weights
+        sizes = parts_K.unique_consecutive(return_counts=True)[1].tolist()
+        narrow = gcd(*sizes) if group >= len(parts_K) else gcd(group, *sizes)
+        if narrow < NARROWEST:
+            _log.warning("a shortcut is not split: no group of %d columns or more fits parts of %s", NARROWEST, sizes)
+            return weights
+        return replace(weights, block=(weights.block[0], narrow))
+
     def join(
         self, parts_K: Tensor, Ws: Sequence[Tensor], stats: Stats, weights: Spec, inputs: Spec | None
     ) -> Diagonal | None:
         """See `JoinTransform.join`; None as well where weights of both halves share a scale."""
-        if inputs is None or inputs.range == "dynamic":
-            return None  # nothing is shared by all tokens
-        group = weights.block_size((1, len(parts_K)))[1]
-        if any(len(part.unique()) > 1 for part in parts_K.split(group)):
+        if not _stored(inputs) or _straddles(parts_K, weights.block_size((1, len(parts_K)))[1]):
             return None
         peak_K = stats[AbsMax()]["max"]
         parts_K = parts_K.to(peak_K.device)
@@ -54,6 +69,15 @@ class SplitShortcuts:
         if not bool(peaks.max() > 0):
             return None
         return Diagonal((peaks / peaks.max()).clamp_min(LEAST)[parts_K])
+
+
+def _stored(inputs: Spec | None) -> bool:
+    """Whether there is a step that all tokens, and so both halves of each, would share."""
+    return inputs is not None and inputs.range != "dynamic"
+
+
+def _straddles(parts_K: Tensor, group: int) -> bool:
+    return any(len(part.unique()) > 1 for part in parts_K.split(group))
 
 
 @method(

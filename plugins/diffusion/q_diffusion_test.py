@@ -3,15 +3,19 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
+import hf_quant
 from hf_quant import QuantConfig
+from hf_quant.diffusion.drawing import backbone
 from hf_quant.pipeline import quantize
 from hf_quant.plugins.diffusion.q_diffusion import SplitShortcuts
 from hf_quant.recipe import Job, Recipe
 from hf_quant.runtime.linear import QuantLinear
-from hf_quant.spec import act_spec, int_spec
+from hf_quant.spec import Spec, act_spec, int_spec
 from hf_quant.stats import AbsMax
+from hf_quant.testing import DiffusionJudge
 
 WEIGHTS = int_spec(4, 1)
 
@@ -27,6 +31,26 @@ def test_the_halves_get_one_range() -> None:
     assert SplitShortcuts().join(parts, [], stats, int_spec(4), act_spec(8, static=True)) is None
     stats = {AbsMax(): {"max": torch.zeros(3)}}
     assert SplitShortcuts().join(parts, [], stats, WEIGHTS, act_spec(8, static=True)) is None
+
+
+def test_groups_end_where_the_halves_meet(caplog: pytest.LogCaptureFixture) -> None:
+    static = act_spec(8, static=True)
+
+    def width(sizes: list[int], group: int, inputs: Spec | None = static) -> int:
+        parts_K = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        spec = SplitShortcuts().weights(parts_K, int_spec(4, group), inputs)
+        rewrite = SplitShortcuts().join(parts_K, [], {AbsMax(): {"max": parts_K + 1.0}}, spec, inputs)
+        assert (rewrite is not None) == (inputs is static and not caplog.records)
+        return spec.block_size((1, len(parts_K)))[1]
+
+    assert width([288, 576], 64) == 32
+    assert width([576, 288], 64) == 64
+    assert width([576, 288], -1) == 288
+    assert width([576, 576], 64) == 64
+    assert width([576, 576], -1) == 576
+    assert width([288, 576], 64, None) == 64
+    assert width([70, 3], 64) == 64
+    assert "not split" in caplog.text
 
 
 @torch.no_grad()
@@ -59,3 +83,48 @@ class _Always(SplitShortcuts):
     def join(self, parts_K: Any, Ws: Any, stats: Any, weights: Any, inputs: Any) -> Any:
         found = SplitShortcuts.join(self, parts_K, Ws, stats, weights, act_spec(8, static=True))
         return found and replace(found, s_K=2 ** found.s_K.log2().round())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_claim_of_the_split(group_size: int, diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    judge = diffusion_judges("digits-unet")
+    how: dict[str, Any] = {"group_size": group_size, "iterations": 100}
+    ours, theirs = (
+        [judge.trajectory("q-diffusion", seed=seed, split=split, **how) for seed in range(3)] for split in (True, False)
+    )
+    groups = "one scale a channel" if group_size == -1 else f"groups of {group_size}"
+    claims.order(
+        "q-diffusion",
+        f"error of the pictures below that without split shortcuts, w4a8, {groups}, digits-unet",
+        ours=ours,
+        theirs=theirs,
+    )
+
+
+@torch.no_grad()
+def error(judge: DiffusionJudge, data: list[Any], seed: int) -> float:
+    """Of the pictures, after reconstruction on this data."""
+    pipeline = judge.pipeline()
+    config = QuantConfig("q-diffusion", iterations=100, seed=seed)
+    hf_quant.quantize(backbone(pipeline), config, data=data, progress=False)
+    return judge.compare(pipeline)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-unet", "digits-dit"])
+def test_claim_of_the_timesteps(name: str, diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    """As many batches, of every second timestep or all of the middle one."""
+    judge = diffusion_judges(name)
+    ours, theirs = [], []
+    for seed in range(3):
+        every = judge.data(seed)[::2]
+        middle = [judge.record(100 * (seed + 1) + i)[0][10] for i in range(len(every))]
+        ours.append(error(judge, every, seed))
+        theirs.append(error(judge, middle, seed))
+    claims.order(
+        "q-diffusion",
+        f"error of the pictures below that after calibration at a single timestep, w4a8, {name}",
+        ours=ours,
+        theirs=theirs,
+    )

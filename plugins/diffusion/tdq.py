@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.diffusion.timed_inputs import timed_inputs
 from hf_quant.plugins.diffusion.timed_rows import TimedRows
 from hf_quant.qtensor import round_scale
 from hf_quant.recipe import Recipe
-from hf_quant.spec import Spec, act_spec, int_spec
+from hf_quant.spec import Spec, int_spec
 from hf_quant.stages.fakequant import Clipped, bounds
 from hf_quant.stages.range import Extremes
 from hf_quant.stages.trajectories import Trajectories
@@ -143,21 +143,10 @@ def tdq(
     lr: float = 3e-3,
     clip_steps: int = 24,
 ) -> Recipe:
-    """An interval for each of `ranges` timesteps, at most one a step of calibration, learned as a function of t."""
-    if type(ranges) is not int or ranges < 1:
-        raise ConfigError(f"ranges={ranges!r}: timesteps with an interval of their own, 1 or more")
-    entries = min(ranges, calibration_steps)
-    inputs = act_spec(act_bits, static=True, symmetric=False)
+    """An interval for each of `ranges` timesteps, learned as a function of t."""
     return Recipe(
         weights=int_spec(bits, -1, symmetric=True),
-        inputs=Spec(
-            grid=inputs.grid,
-            block=inputs.block,
-            index="timestep",
-            entries=entries,
-            scale=inputs.scale,
-            zero=inputs.zero,
-        ),
+        inputs=timed_inputs(act_bits, ranges, calibration_steps),
         sampler=Trajectories(steps=calibration_steps, samples=samples),
         range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
         input_range=TdqRange(iterations=iterations, lr=lr),

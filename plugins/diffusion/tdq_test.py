@@ -78,6 +78,9 @@ def test_inv_the_table_is_the_module(claims) -> None:  # type: ignore[no-untyped
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match="ranges=0"):
         QuantConfig("tdq", ranges=0)
+    for method in ("tdq", "tfmq-dm", "tfm-framework"):
+        with pytest.raises(ConfigError, match="ranges=20 are more than the timesteps of calibration_steps=10"):
+            QuantConfig(method, calibration_steps=10)
     with pytest.raises(ConfigError, match="too few for 300 steps"):
         QuantConfig("tdq", calibration_steps=300)
 
@@ -117,7 +120,7 @@ def test_inv_other_schedulers_mixed_timesteps_and_a_compiled_network(
 ) -> None:
     """Calibrated with DDIM at 5 steps and guidance; saved and loaded by stock diffusers; then everything else."""
     judge = diffusion_judges("digits-dit")
-    pipeline = quantized(judge, calibration_steps=5, samples=10, iterations=10)
+    pipeline = quantized(judge, calibration_steps=5, ranges=5, samples=10, iterations=10)
     assert all(m.clock for m in pipeline.transformer.modules() if isinstance(m, QuantLinear))
     pipeline.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
@@ -147,7 +150,7 @@ def test_inv_other_schedulers_mixed_timesteps_and_a_compiled_network(
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers' schedulers
 def test_inv_every_scheduler_and_number_of_steps(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
     judge = diffusion_judges("digits-dit")
-    pipeline = quantized(judge, calibration_steps=10, samples=40)
+    pipeline = quantized(judge, calibration_steps=10, ranges=10, samples=40)
     found = differences(judge, pipeline, [(name, steps) for name in SCHEDULERS for steps in (10, 20, 50)])
     claims.invariant(
         "tdq",

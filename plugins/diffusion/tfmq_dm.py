@@ -16,9 +16,10 @@ schedule are `adaround`'s, with fewer steps.
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.diffusion.temporal_units import TemporalUnits
+from hf_quant.plugins.diffusion.timed_inputs import timed_inputs
 from hf_quant.plugins.rounding.adaround import AdaRound
 from hf_quant.recipe import Recipe
-from hf_quant.spec import Spec, act_spec, int_spec
+from hf_quant.spec import int_spec
 from hf_quant.stages.reconstruction import Reconstruction
 from hf_quant.stages.trajectories import Trajectories
 
@@ -39,19 +40,10 @@ def tfmq_dm(
     clip_steps: int = 24,
 ) -> Recipe:
     """Learned rounding, the temporal layers by themselves, and input ranges for each of `ranges` timesteps."""
-    inputs = act_spec(act_bits, static=True, symmetric=False)
-    table = Spec(
-        grid=inputs.grid,
-        block=inputs.block,
-        index="timestep",
-        entries=min(ranges, calibration_steps),
-        scale=inputs.scale,
-        zero=inputs.zero,
-    )
     return Recipe(
         weights=int_spec(bits, -1, symmetric=True),
-        inputs=table,
-        sampler=Trajectories(steps=calibration_steps, samples=samples),
+        inputs=timed_inputs(act_bits, ranges, calibration_steps),
+        sampler=Trajectories(steps=calibration_steps, samples=samples, batch_size=8),
         range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
         units=TemporalUnits(),
         tuner=Reconstruction(AdaRound(), steps=iterations),
