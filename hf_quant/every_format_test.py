@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_quant.formats import Kernel, Layer, PackedFormat, choose_kernel, format_for, format_named, formats
+from hf_quant.formats import ALONE, Kernel, Layer, PackedFormat, choose_kernel, format_for, format_named, formats
 from hf_quant.grids import (
     E4M3,
     E5M2,
@@ -335,7 +335,7 @@ def test_operator(format_id: str, name: str) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if any(t.is_floating_point() and t.element_size() == 1 for t in operands):
         checks.remove("test_schema")  # it compares operands before and after, which torch cannot do in 8-bit floats
-    torch.library.opcheck(fmt.op, (x_TK, operands, blob, layer.key, name), test_utils=checks)
+    torch.library.opcheck(fmt.op, (x_TK, operands, blob, layer.key, name, *ALONE.arguments), test_utils=checks)
     if name in fmt.replaces:
         restore = getattr(torch.ops.hf_quant, format_id.replace("-", "_").replace("/", "_") + "_restore")
         torch.library.opcheck(restore.default, (blob, layer.key, name))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_quant.errors import CheckpointError, ConfigError, UnsupportedSpec
 from hf_quant.finite import all_finite
+from hf_quant.hadamard import Hadamard
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import check_input, fake_quantize, input_layout
 from hf_quant.spec import Spec
@@ -87,6 +88,42 @@ class Restoring(Kernel, Protocol):
         """These tensors again, to the bit: the inverse of `prepare`."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Around:
+    """What a layer does besides the product, for kernels that take it on: `y = q(x R) W^T + a up^T`.
+
+    Attributes:
+        low_rank: `a` `[T, R]` and `up` `[N, R]`.
+        rotation: R, of an input that is rounded.
+        entry_T: int64 `[T]`: the row of the table of input ranges that each token is rounded with.
+    """
+
+    low_rank: tuple[Tensor, Tensor] | None = None
+    rotation: Hadamard | None = None
+    entry_T: Tensor | None = None
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int | None]:
+        """As the operator takes it."""
+        size, seed = (0, None) if self.rotation is None else (self.rotation.size, self.rotation.seed)
+        a, up = self.low_rank or (None, None)
+        return a, up, self.entry_T, size, seed
+
+
+ALONE = Around()
+
+
+@runtime_checkable
+class Fusing(Kernel, Protocol):
+    """A kernel that does in its own passes what stands around the product."""
+
+    def fuses(self, layer: Layer) -> frozenset[str]:
+        """Names of `Around`'s attributes that it takes on for such a layer."""
+
+    def fused(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, around: Around) -> Tensor:
+        """`run`, and what is around it."""
+
+
 @runtime_checkable
 class Grouping(Restoring, Protocol):
     """A kernel that multiplies every row by the weight of its own expert, in one launch and from blobs alone."""
@@ -148,14 +185,23 @@ class PackedFormat(ABC):
         """`weight_layout`, and for static inputs `input_scale` (and `input_zero_point`): all a layer saves."""
         return self.weight_layout(layer) | input_layout(layer.inputs, layer.shape[1])
 
-    def linear(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, kernel: str) -> Tensor:
+    def linear(
+        self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, kernel: str, around: Around = ALONE
+    ) -> Tensor:
         """`y_TN = q(x) W^T` by the kernel named, or by the "reference".
 
         `tensors` holds the layout's names; those that the kernel replaces may be missing, it does not get them.
+        `around` holds nothing but what the kernel `fuses`.
         """
         gone = self.replaces.get(kernel, ())
-        result: Tensor = self.op(x_TK, [tensors[n] for n in sorted(tensors) if n not in gone], blob, layer.key, kernel)
+        named = [tensors[n] for n in sorted(tensors) if n not in gone]
+        result: Tensor = self.op(x_TK, named, blob, layer.key, kernel, *around.arguments)
         return result
+
+    def fuses(self, layer: Layer, kernel: str) -> frozenset[str]:
+        """See `Fusing.fuses`; nothing for kernels that do not."""
+        found = next((k for k in self.kernels if k.name == kernel), None)
+        return found.fuses(layer) if isinstance(found, Fusing) else frozenset()
 
     def restore(self, blob: list[Tensor], layer: Layer, kernel: str) -> dict[str, Tensor]:
         """The canonical tensors that the kernel's blob replaces, to the bit."""
@@ -206,11 +252,27 @@ def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., l
         gone = fmt.replaces.get(kernel, ())
         return [name for name in sorted(fmt.layout(Layer.from_key(key))) if name not in gone]
 
-    def linear(x: Tensor, tensors: list[Tensor], blob: list[Tensor], layer: str, kernel: str) -> Tensor:
+    def linear(
+        x: Tensor,
+        tensors: list[Tensor],
+        blob: list[Tensor],
+        layer: str,
+        kernel: str,
+        a: Tensor | None,
+        up: Tensor | None,
+        entry: Tensor | None,
+        size: int,
+        seed: int | None,
+    ) -> Tensor:
         named = dict(zip(names(layer, kernel), tensors, strict=True))
         if kernel == "reference":
             return fmt.reference(x, named, Layer.from_key(layer))
-        return kernels[kernel].run(x, named, blob, Layer.from_key(layer))
+        chosen = kernels[kernel]
+        if a is None and entry is None and not size:
+            return chosen.run(x, named, blob, Layer.from_key(layer))
+        assert isinstance(chosen, Fusing)  # noqa: S101  `Around` says so
+        around = Around(None if a is None or up is None else (a, up), Hadamard(size, seed) if size else None, entry)
+        return chosen.fused(x, named, blob, Layer.from_key(layer), around)
 
     def restore(blob: list[Tensor], layer: str, kernel: str) -> list[Tensor]:
         chosen, whole = kernels[kernel], Layer.from_key(layer)
@@ -241,22 +303,27 @@ def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., l
         name,
         linear,
         mutates_args=(),
-        schema="(Tensor x, Tensor[] tensors, Tensor[] blob, str layer, str kernel) -> Tensor",
+        schema="(Tensor x, Tensor[] tensors, Tensor[] blob, str layer, str kernel, "
+        "Tensor? a, Tensor? up, Tensor? entry, int size, int? seed) -> Tensor",  # defaults upset torch's autograd,
     )
-    op.register_fake(lambda x, tensors, blob, layer, kernel: x.new_empty(x.shape[0], Layer.from_key(layer).shape[0]))
+    op.register_fake(lambda x, tensors, blob, layer, *_: x.new_empty(x.shape[0], Layer.from_key(layer).shape[0]))
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401  torch's own signature
-        _, tensors, blob, ctx.layer, ctx.kernel = inputs
-        ctx.save_for_backward(*tensors, *blob)
+        _, tensors, blob, ctx.layer, ctx.kernel, a, up, _, *ctx.rotation = inputs
+        ctx.save_for_backward(a, up, *tensors, *blob)
         ctx.tensors = len(tensors)
 
     def gradient(ctx: Any, grad_TN: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-        saved = list(ctx.saved_tensors)
+        a, up, *saved = ctx.saved_tensors
         tensors, blob = saved[: ctx.tensors], saved[ctx.tensors :]
         named = dict(zip(names(ctx.layer, ctx.kernel), tensors, strict=True))
         named |= fmt.restore(blob, Layer.from_key(ctx.layer), ctx.kernel)
         grad_TK = grad_TN @ weight_op([named[n] for n in sorted(named)], ctx.layer, grad_TN.dtype)
-        return grad_TK, [None] * len(tensors), [None] * len(blob), None, None
+        size, seed = ctx.rotation
+        if size:
+            grad_TK = torch.ops.hf_quant.hadamard(grad_TK, size, seed, True)
+        branch = (None, None) if a is None else (grad_TN @ up, grad_TN.T @ a)
+        return grad_TK, [None] * len(tensors), [None] * len(blob), None, None, *branch, None, None, None
 
     op.register_autograd(gradient, setup_context=save)
     return op, restore_op

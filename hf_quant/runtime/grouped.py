@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.formats import Grouping, Layer, PackedFormat, format_named
+from hf_quant.formats import ALONE, Grouping, Layer, PackedFormat, format_named
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import local
 
@@ -91,7 +91,7 @@ def grouped(layers: Sequence[nn.Module]) -> Group | None:
     if first.kernel in first.format.groups and not stored and len(kinds) == 1:
         return Group(blobs, [], _stacked(blobs), first.format, whole, first.kernel, first._ready)
     gone = first.format.replaces.get(first.kernel, ())
-    each = [layer._operands(without=gone) for layer in layers]  # type: ignore[operator]
+    each = [layer._operands(frozenset(), without=gone) for layer in layers]  # type: ignore[operator]
     tensors = [named[name] for named in each for name in sorted(named)]
     return Group(blobs, tensors, [t for b in blobs for t in b], first.format, whole, first.kernel, first._ready)
 
@@ -145,7 +145,8 @@ def _experts(
     y = x.new_zeros(chosen.numel(), whole.shape[0])
     for e, rows in _each(chosen, count):
         token = rows // chosen.shape[1]
-        y[rows] = fmt.op(x[token], _of(tensors, e, count), _of(blob, e, count), layer, kernel)
+        own = _of(tensors, e, count), _of(blob, e, count)
+        y[rows] = fmt.op(x[token], *own, layer, kernel, *ALONE.arguments)
     return y
 
 

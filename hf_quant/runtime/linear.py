@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_quant.errors import ConfigError
-from hf_quant.formats import Layer, PackedFormat, choose_kernel, format_named
+from hf_quant.formats import Around, Layer, PackedFormat, choose_kernel, format_named
 from hf_quant.hadamard import Hadamard
 from hf_quant.operators import need_operator
 from hf_quant.qtensor import QTensor
@@ -71,6 +71,7 @@ class QuantLinear(Packed, nn.Linear):
     sparse_values: nn.Parameter | None
     clock: Clock | None
     factors: dict[str, Layer]  # of a coded low-rank branch, by the start of their parameters' names
+    _fuses: frozenset[str] = frozenset()  # what of `Around` the chosen kernel takes on
 
     def __init__(
         self,
@@ -265,11 +266,21 @@ class QuantLinear(Packed, nn.Linear):
         if device.type == "meta":
             return
         self._settle()
-        self.kernel, self.refused = choose_kernel(self.format, self._product(), device, self.compute_dtype)
+        self._choose(device)
         if self.kernel != "reference":
             self._blob = None
             expect(self)
         self._ready = (device, self.compute_dtype)
+
+    def _choose(self, device: torch.device) -> None:
+        """The kernel, and what it takes on besides the product: a table of input ranges where it can, too."""
+        whole = self.local_layer()
+        self.kernel, self.refused = choose_kernel(self.format, whole, device, self.compute_dtype)
+        self._fuses = self.format.fuses(whole, self.kernel)
+        if timed(whole.inputs) and "entry_T" not in self._fuses:
+            layer = self._product()
+            self.kernel, self.refused = choose_kernel(self.format, layer, device, self.compute_dtype)
+            self._fuses = self.format.fuses(layer, self.kernel)
 
     def lay_out(self) -> None:
         """Make what the chosen kernel needs of the canonical tensors: at the first forward, or before a compilation.
@@ -277,23 +288,25 @@ class QuantLinear(Packed, nn.Linear):
         What the layout holds is not kept beside it (`Restoring`), so a layer has its codes once.
         """
         if self._blob is None and self._ready is not None:
-            layer = self._product()
+            layer = self._product(self._fuses)
             chosen = next(k for k in self.format.kernels if k.name == self.kernel)
             with torch.inference_mode(False), torch.no_grad():  # what lasts must be usable in training
-                self._blob = chosen.prepare(self._operands(), layer, self.compute_dtype)
+                self._blob = chosen.prepare(self._operands(self._fuses), layer, self.compute_dtype)
                 self._let_go(layer)
 
-    def _product(self) -> Layer:
+    def _product(self, fuses: frozenset[str] = frozenset()) -> Layer:
         """The layer as operator and kernel see it: without inputs that are rounded before."""
         layer = self.local_layer()
-        if not timed(layer.inputs):
+        if not timed(layer.inputs) or "entry_T" in fuses:
             return layer
         return self._rounded_before if layer is self.layer else replace(layer, inputs=None)
 
-    def _operands(self, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    def _operands(self, fuses: frozenset[str], without: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """The canonical tensors of `_product`."""
         tensors = self.packed_tensors(without)
-        return {n: t for n, t in tensors.items() if not n.startswith("input_")} if timed(self.layer.inputs) else tensors
+        if not timed(self.layer.inputs) or "entry_T" in fuses:
+            return tensors
+        return {n: t for n, t in tensors.items() if not n.startswith("input_")}
 
     @property
     def sparse(self) -> Sparse | None:
@@ -378,24 +391,33 @@ class QuantLinear(Packed, nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.pre_scale is not None:
             x = x * self.pre_scale.to(x.dtype)
-        x = self._rotate(x)
         ready = self._ready == (x.device, x.dtype)  # not after an offload hook or an upcast: then the reference runs
         if self._blob is None and not torch.compiler.is_compiling():
             self.lay_out()
         blob, kernel = (self._blob, self.kernel) if ready and self._blob is not None else ([], "reference")
+        fuses = self._fuses if kernel != "reference" else frozenset()
+        low, sparse, entry_T, rotation = self.low_rank(x.dtype), self.sparse, None, None
+        if "rotation" in fuses and low is None and sparse is None and self.shift is None:
+            rotation = self.rotation
+        else:
+            x = self._rotate(x)
         z = x if self.shift is None else x + self.shift.to(x.dtype)
-        z_TK = z.reshape(-1, x.shape[-1])
+        z_TK, branch = z.reshape(-1, x.shape[-1]), None
+        if low is not None and "low_rank" in fuses:
+            branch, low = (F.linear(x.reshape(-1, x.shape[-1]), low[0]), low[1]), None
         if (inputs := self.layer.inputs) is not None and timed(inputs):
             if self.clock is None:
                 raise ConfigError("a layer with input ranges by timestep has no clock to read")
+            entry_T = self.clock.by_token(len(z_TK), z.device)
+        if inputs is not None and entry_T is not None and "entry_T" not in fuses:
             ranges = {name: local(getattr(self, name)) for name in self._names if name.startswith("input_")}
-            z_TK = round_by_entry(z_TK, inputs, ranges, self.clock.by_token(len(z_TK), z.device))
-        tensors = self._operands(without=self.format.replaces.get(kernel, ()))
-        y = self.format.linear(z_TK, tensors, blob, self._product(), kernel)
+            z_TK, entry_T = round_by_entry(z_TK, inputs, ranges, entry_T), None
+        tensors = self._operands(fuses, without=self.format.replaces.get(kernel, ()))
+        y = self.format.linear(z_TK, tensors, blob, self._product(fuses), kernel, Around(branch, rotation, entry_T))
         y = y.reshape(*x.shape[:-1], y.shape[-1])
-        if (low := self.low_rank(x.dtype)) is not None:
+        if low is not None:
             y = y + F.linear(F.linear(x, low[0]), low[1])
-        if (sparse := self.sparse) is not None:
+        if sparse is not None:
             y = y + sparse_linear(x.reshape(-1, x.shape[-1]), *sparse.tensors).reshape(y.shape)
         if self.offset is not None:
             y = y + self.offset.to(y.dtype)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_quant.every_format_test import CPU, DTYPES, held, kernel_named, make, run_kernel, tensors_of
-from hf_quant.formats import Layer, format_named, formats
+from hf_quant.formats import Around, Layer, format_named, formats
 from hf_quant.kernels._gemm.kernel import TritonKernel
 from hf_quant.runtime.laid_out import LaidOut
 from hf_quant.runtime.linear import QuantLinear
@@ -70,7 +70,7 @@ def test_low_rank(format_id: str, name: str, tokens: int) -> None:
     generator = torch.Generator().manual_seed(1)
     branch = tuple(torch.randn(n, 20, generator=generator) for n in (tokens, layer.shape[0]))
     blob = kernel.prepare(tensors, layer, torch.float32)
-    together = kernel.product(x_TK, tensors, blob, layer, (branch[0], branch[1]))
+    together = kernel.product(x_TK, tensors, blob, layer, Around((branch[0], branch[1])))
     torch.testing.assert_close(
         together, kernel.run(x_TK, tensors, blob, layer) + branch[0] @ branch[1].T, rtol=1e-5, atol=1e-4
     )
@@ -80,7 +80,7 @@ def test_low_rank(format_id: str, name: str, tokens: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_layer_runs_it(format_id: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the layer chooses it, has its codes once, saves and differentiates as the reference, compiles."""
-    monkeypatch.setattr("hf_quant.kernels._gemm.kernel.refuses", lambda device, dtype: None)
+    monkeypatch.setattr("hf_quant.kernels._gemm.machine.refuses", lambda device, dtype: None)
     fmt, cases = format_named(format_id), taken(format_id, name)
     layer = max(cases, key=lambda c: c.inputs is None)
     q, x_TK = make(layer, 0)

@@ -1,31 +1,34 @@
-"""What every format's GPU kernel shares: where it runs, and when tokens are quantized in one pass."""
+"""What every format's GPU kernel shares, and when tokens are quantized in one pass."""
 
 from abc import ABC, abstractmethod
-from importlib.util import find_spec
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_quant.formats import Layer, Tensors
+from hf_quant.formats import ALONE, Around, Layer, Tensors
 from hf_quant.grids import E4M3, FloatGrid, IntGrid
+from hf_quant.kernels._gemm import machine
 from hf_quant.kernels._gemm.operand import Weight
 from hf_quant.kernels.hadamard.op import rotate
 from hf_quant.runtime.activation import fake_quantize
 from hf_quant.spec import Spec
 
-LowRank = tuple[Tensor, Tensor]  # a = x down^T [T, R], up [N, R]
+if TYPE_CHECKING:
+    from hf_quant.kernels._gemm.launch import Tokens
+
+ALL = frozenset({"low_rank", "rotation", "entry_T"})
 
 
 class TritonKernel(ABC):
-    """A `Grouping` kernel that runs on GPUs with Triton, for the layers it `takes`. Its blob begins with the codes."""
+    """A `Fusing`, `Grouping` kernel that runs on GPUs by Triton, for what it `takes`. Its blob begins with codes."""
 
     name: ClassVar[str] = "triton"
     replaces: ClassVar[tuple[str, ...]] = ("qweight",)
 
     def supports(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
         """See `Kernel.supports`."""
-        return refuses(device, dtype) or self.takes(layer)
+        return machine.refuses(device, dtype) or self.takes(layer)
 
     def takes(self, layer: Layer) -> str | None:
         """None when it can run such a layer where Triton runs, else the reason why not."""
@@ -50,14 +53,22 @@ class TritonKernel(ABC):
         tensors: Tensors,
         blob: list[Tensor],
         layer: Layer,
-        low_rank: LowRank | None = None,
+        around: Around = ALONE,
         experts: Tensor | None = None,
     ) -> Tensor:
-        """`q(x) W^T (+ a up^T)`: the branch joins before the result is written. With `experts`, see `grouped`."""
+        """`q(x) W^T` and what is around it: a branch joins before the result is written. `experts`: see `grouped`."""
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
         return self.product(x_TK, tensors, blob, layer)
+
+    def fuses(self, layer: Layer) -> frozenset[str]:
+        """See `Fusing.fuses`."""
+        return frozenset({"low_rank"})
+
+    def fused(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, around: Around) -> Tensor:
+        """See `Fusing.fused`."""
+        return self.product(x_TK, tensors, blob, layer, around)
 
     def grouped(self, x_TK: Tensor, experts_TC: Tensor, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Grouping.grouped`."""
@@ -95,7 +106,7 @@ class MainLoop(TritonKernel):
         tensors: Tensors,
         blob: list[Tensor],
         layer: Layer,
-        low_rank: LowRank | None = None,
+        around: Around = ALONE,
         experts: Tensor | None = None,
     ) -> Tensor:
         """See `TritonKernel.product`; a rotated weight multiplies rotated inputs."""
@@ -104,22 +115,20 @@ class MainLoop(TritonKernel):
         x_TK, rotation = fake_quantize(x_TK, layer.inputs, tensors), layer.weights.rotation
         if rotation is not None:
             x_TK = rotate(x_TK, rotation)
-        return matmul(x_TK, blob, self.weight(blob, layer), x_TK.dtype, low_rank=low_rank, experts=experts)
+        return matmul(x_TK, blob, self.weight(blob, layer), x_TK.dtype, low_rank=around.low_rank, experts=experts)
 
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None when Triton kernels run there, else the reason why not."""
-    if device.type != "cuda":
-        return f"runs on cuda, not {device.type}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"takes float32, float16 and bfloat16, not {dtype}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available():
-        return "no GPU is available here"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or newer"
-    return None
+def in_one_pass(x_TK: Tensor, spec: Spec, tensors: Tensors, around: Around) -> "Tokens":
+    """The input rotated and rounded as its layer says, read once."""
+    from hf_quant.kernels._gemm.quantized import Transform, quantize, static_range
+
+    static, rotation = static_range(tensors, around.entry_T), around.rotation
+    if rotation is None:
+        return quantize(x_TK, spec, static)
+    transform = Transform.of(rotation, x_TK)
+    if transform is None:  # an order that is no power of two
+        return quantize(rotate(x_TK, rotation), spec, static)
+    return quantize(x_TK, spec, static, transform)
 
 
 def refuses_tokens(spec: Spec) -> str | None:
@@ -131,13 +140,6 @@ def refuses_tokens(spec: Spec) -> str | None:
     if spec.block[1] != -1:
         return "a token has one scale"
     return None
-
-
-def multiplies_float8(device: torch.device) -> bool:
-    """Whether tensor cores take float8_e4m3fn there."""
-    if device.type != "cuda":
-        return True  # the interpreter
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def by_row(blocks: Tensor, layer: Layer) -> Tensor:

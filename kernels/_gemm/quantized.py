@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import log2
+from functools import cache
+from math import gcd, log2
 
 import torch
 import triton
 from torch import Tensor
 
 from hf_quant.grids import IntGrid
+from hf_quant.hadamard import Hadamard, signs
 from hf_quant.kernels._gemm.configs import Config
 from hf_quant.kernels._gemm.launch import INTERPRETED, Tokens, combine
 from hf_quant.kernels._gemm.routing import by_expert
@@ -21,7 +23,9 @@ WIDEST = 16384  # values of a row in registers at once; a longer row is read twi
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Range:
-    """A static range: `scale` float32 `[entries]`, `zero` int32 `[entries]` or None, and which entry holds now."""
+    """A static range: `scale` float32 `[entries]`, `zero` int32 `[entries]` or None; `index` int64 `[M]`, the entry of
+    each token where there are several.
+    """
 
     scale: Tensor
     zero: Tensor | None = None
@@ -34,6 +38,20 @@ class Transform:
 
     size: int
     signs: Tensor | None = None
+
+    @classmethod
+    def of(cls, rotation: Hadamard, x_MK: Tensor) -> "Transform | None":
+        """A layer's rotation of such an input, None where its order is no power of two or has no room."""
+        size = gcd(rotation.size, x_MK.shape[1])
+        if size & (size - 1) or not 2 <= size <= WIDEST:
+            return None
+        return cls(size, None if rotation.seed is None else signs_of(x_MK.shape[1], rotation.seed, x_MK.device))
+
+
+@cache
+def signs_of(width: int, seed: int, device: torch.device) -> Tensor:
+    """The signs of a rotation, float32 `[width]`."""
+    return signs(width, seed).to(device, torch.float32)
 
 
 def static_range(tensors: Mapping[str, Tensor], index: Tensor | None = None) -> Range | None:

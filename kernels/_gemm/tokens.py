@@ -51,7 +51,7 @@ def tokens_fwd_kernel(
     sign_ptr,  # [K], or anything
     range_ptr,  # float32 [entries] scales of a static range, or anything
     zero_ptr,  # int32 [entries], or anything
-    index_ptr,  # int64 [1]: which entry holds now, or anything
+    index_ptr,  # int64 [M]: which entry a token has, or anything
     q_ptr,  # [M, K] int8, or uint8 for the bytes of floats, or x's type when nothing is rounded
     s_ptr,  # float32 [M]
     z_ptr,  # float32 [M]
@@ -74,7 +74,7 @@ def tokens_fwd_kernel(
     scale, zero = 1.0, 0.0
     if LOW != HIGH:
         if STATIC:
-            entry = tl.load(index_ptr).to(tl.int64) if TABLE else 0
+            entry = tl.load(index_ptr + row).to(tl.int64) if TABLE else 0
             scale = tl.load(range_ptr + entry)
             if ZERO:
                 zero = tl.load(zero_ptr + entry).to(tl.float32)

@@ -67,11 +67,11 @@ def test_the_range_of_a_step_is_looked_up() -> None:
     """Per-timestep scales: an entry of a table, named by a tensor, so that a graph can be replayed at another step."""
     x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     scale, zero, spec = torch.tensor([0.1, 0.02, 0.3]), torch.tensor([3, 100, 255]).int(), act_spec(8, symmetric=False)
-    for step in range(3):
-        found = quantize(x, spec, Range(scale, zero, torch.tensor([step])))
-        expected = (x / scale[step] + zero[step]).round().clamp(0, 255)
+    for step in (torch.tensor([0, 0, 0]), torch.tensor([2, 0, 1])):  # one sample, or one a token
+        found = quantize(x, spec, Range(scale, zero, step))
+        expected = (x / scale[step, None] + zero[step, None]).round().clamp(0, 255)
         assert torch.equal(found.values.float() + 128, expected)
-        assert torch.equal(found.scale, scale[step].expand(3))
+        assert torch.equal(found.scale, scale[step])
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)

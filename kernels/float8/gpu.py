@@ -7,10 +7,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.formats import Layer, Tensors
+from hf_quant.formats import ALONE, Around, Layer, Tensors
 from hf_quant.grids import E4M3, E5M2
 from hf_quant.kernels._gemm.configs import kind
-from hf_quant.kernels._gemm.kernel import LowRank, MainLoop, TritonKernel, by_row, multiplies_float8, refuses_tokens
+from hf_quant.kernels._gemm.kernel import (
+    ALL,
+    MainLoop,
+    TritonKernel,
+    by_row,
+    in_one_pass,
+    refuses_tokens,
+)
+from hf_quant.kernels._gemm.machine import multiplies_float8
 from hf_quant.kernels._gemm.operand import Weight, unit_for
 from hf_quant.kernels.lut.scales import unpack_scales
 
@@ -53,22 +61,26 @@ class Canonical(TritonKernel):
         scale = blob[1].T.repeat_interleave(columns, 1)[:, : layer.shape[1]]
         return (blob[0].float() * scale).to(dtype)
 
+    def fuses(self, layer: Layer) -> frozenset[str]:
+        """See `Fusing.fuses`."""
+        return ALL
+
     def product(
         self,
         x_TK: Tensor,
         tensors: Tensors,
         blob: list[Tensor],
         layer: Layer,
-        low_rank: LowRank | None = None,
+        around: Around = ALONE,
         experts: Tensor | None = None,
     ) -> Tensor:
         """See `TritonKernel.product`."""
-        from hf_quant.kernels._gemm.quantized import quantize, scaled_matmul, static_range
+        from hf_quant.kernels._gemm.quantized import scaled_matmul
 
         assert layer.inputs is not None  # noqa: S101  `takes` has looked at it
-        x, block = quantize(x_TK, layer.inputs, static_range(tensors)), layer.weights.block_size(layer.shape)[1]
+        x, block = in_one_pass(x_TK, layer.inputs, tensors, around), layer.weights.block_size(layer.shape)[1]
         codes, scale = blob
-        return scaled_matmul(x, codes, scale, block, x_TK.dtype, low_rank=low_rank, experts=experts)
+        return scaled_matmul(x, codes, scale, block, x_TK.dtype, low_rank=around.low_rank, experts=experts)
 
 
 @dataclass(frozen=True, slots=True)

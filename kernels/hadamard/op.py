@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_quant.hadamard import Hadamard
 from hf_quant.kernels.hadamard.dense import Dense
+from hf_quant.kernels.hadamard.gpu import Triton
 
 
 class Kernel(Protocol):
@@ -23,7 +24,7 @@ class Kernel(Protocol):
         """What the reference gives, up to rounding."""
 
 
-KERNELS: tuple[Kernel, ...] = (Dense(),)  # tried in order
+KERNELS: tuple[Kernel, ...] = (Triton(), Dense())  # tried in order
 
 
 @torch.library.custom_op("hf_quant::hadamard", mutates_args=())

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_quant.formats import Layer, Tensors
-from hf_quant.kernels._gemm.kernel import LowRank, TritonKernel, refuses_tokens
+from hf_quant.formats import ALONE, Around, Layer, Tensors
+from hf_quant.kernels._gemm.kernel import ALL, TritonKernel, in_one_pass, refuses_tokens
 from hf_quant.kernels.int8_act.cpu import LONGEST_SUM
 
 
@@ -39,27 +39,31 @@ class Triton(TritonKernel):
         """See `Grouping.dense`."""
         return (blob[0].float() * blob[1].T).to(dtype)
 
+    def fuses(self, layer: Layer) -> frozenset[str]:
+        """See `Fusing.fuses`."""
+        return ALL
+
     def product(
         self,
         x_TK: Tensor,
         tensors: Tensors,
         blob: list[Tensor],
         layer: Layer,
-        low_rank: LowRank | None = None,
+        around: Around = ALONE,
         experts: Tensor | None = None,
     ) -> Tensor:
         """See `TritonKernel.product`."""
-        from hf_quant.kernels._gemm.quantized import quantize, scaled_matmul, static_range
+        from hf_quant.kernels._gemm.quantized import scaled_matmul
 
         assert layer.inputs is not None  # noqa: S101
-        x, (codes, scale, *sums) = quantize(x_TK, layer.inputs, static_range(tensors)), blob
+        x, (codes, scale, *sums) = in_one_pass(x_TK, layer.inputs, tensors, around), blob
         return scaled_matmul(
             x,
             codes,
             scale,
             layer.shape[1],
             x_TK.dtype,
-            low_rank=low_rank,
+            low_rank=around.low_rank,
             row_sums=sums[0] if sums else None,
             experts=experts,
         )

@@ -6,10 +6,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hf_quant.formats import Layer, Tensors
+from hf_quant.formats import ALONE, Around, Layer, Tensors
 from hf_quant.grids import IntGrid
 from hf_quant.kernels._gemm.configs import kind
-from hf_quant.kernels._gemm.kernel import LowRank, MainLoop, refuses_tokens
+from hf_quant.kernels._gemm.kernel import ALL, MainLoop, in_one_pass, refuses_tokens
 from hf_quant.kernels._gemm.operand import BLOCK, WHOLE_ROW, RangesOf, Weight, affine_ranges, ranges_of, unit_for
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.int_group.reference import dequantize, zero_codes
@@ -47,25 +47,28 @@ class Triton(MainLoop):
         """See `MainLoop.stored`."""
         return pack_bits(codes_NK, int(layer.weights.grid.bits))
 
+    def fuses(self, layer: Layer) -> frozenset[str]:
+        """See `Fusing.fuses`."""
+        return ALL if as_integers(layer) else MainLoop.fuses(self, layer)
+
     def product(
         self,
         x_TK: Tensor,
         tensors: Tensors,
         blob: list[Tensor],
         layer: Layer,
-        low_rank: LowRank | None = None,
+        around: Around = ALONE,
         experts: Tensor | None = None,
     ) -> Tensor:
         """See `MainLoop.product`."""
         from hf_quant.kernels._gemm.launch import matmul
-        from hf_quant.kernels._gemm.quantized import quantize, static_range
 
         if not as_integers(layer):
-            return MainLoop.product(self, x_TK, tensors, blob, layer, low_rank, experts)
+            return MainLoop.product(self, x_TK, tensors, blob, layer, around, experts)
         assert layer.inputs is not None  # noqa: S101  `as_integers`
         sums, weight = blob[-1] if layer.inputs.zero == "int" else None, self.weight(blob, layer)
-        x, blob = quantize(x_TK, layer.inputs, static_range(tensors)), without_sums(blob, layer)
-        return matmul(x, blob, weight, x_TK.dtype, low_rank=low_rank, row_sums=sums, experts=experts)
+        x, blob = in_one_pass(x_TK, layer.inputs, tensors, around), without_sums(blob, layer)
+        return matmul(x, blob, weight, x_TK.dtype, low_rank=around.low_rank, row_sums=sums, experts=experts)
 
 
 def without_sums(blob: list[Tensor], layer: Layer) -> list[Tensor]:
