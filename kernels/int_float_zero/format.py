@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hf_quant.formats import Layer, PackedFormat, Tensors
 from hf_quant.grids import FloatGrid, IntGrid
+from hf_quant.kernels.int_float_zero.gpu import Triton
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits, words
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import refuses
@@ -20,6 +21,7 @@ class IntFloatZero(PackedFormat):
     """
 
     id = "int-float-zero/1"
+    kernels = (Triton(),)
 
     def holds(self, layer: Layer) -> str | None:
         """Integer grids, blocks within one row or over all rows, float scales, float zero points."""
