@@ -1,11 +1,20 @@
-"""How much of what rounding loses training wins back: KL and perplexity by bits and method, at equal steps and tokens.
+"""How much of what rounding loses training wins back: KL and perplexity by bits and method, at equal tokens and time.
 
 Every model is trained against its full-precision original on the same windows, saved, loaded back and then measured.
-`closed` is the share of gptq's KL at the same bits that is gone; gptq-refined is where lr-qat, l4q and lsq begin.
-`peft-nf4` is QLoRA as PEFT does it on bitsandbytes' NF4, trained by the same loss; its adapter stays beside the codes,
-as qlora's does. Rows of an earlier run with the same settings are kept; the table lies beside the JSON.
+`closed` is the share of gptq's KL at the same bits that is gone; gptq-refined is where lr-qat, l4q and lsq begin. With
+`--equal time` each method trains as many steps as fit into the seconds of the slowest row of the same bits (what does
+not train: more rounds; gptq has nothing to spend time on and stays as it is). Seconds are those of one thread's
+processor, whatever else runs on the machine.
+
+Peers are trained by the same loss: `peft-nf4` is QLoRA as PEFT does it on bitsandbytes' NF4, whose adapter stays beside
+the codes, as qlora's does; `torchao-qat` is its `QATConfig` over `IntxWeightOnlyConfig`, symmetric as it must be, from
+rounding to nearest (an environment of its own: `pip install --no-deps torchao`).
+
+Rows of an earlier run with the same settings are kept; the table lies beside the JSON.
 
     python finetune.py MODEL CALIBRATION.npy TEST.npy --bits 3 2 --steps 40
+    python finetune.py MODEL CALIBRATION.npy TEST.npy --bits 3 2 --steps 40 --equal time
+    python finetune.py MODEL CALIBRATION.npy TEST.npy --bits 3 2 --steps 40 --methods torchao-qat:lr=1e-4
 """
 
 import argparse
@@ -14,20 +23,57 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import hf_quant
 from hf_quant.measure.evaluate import evaluate
 from hf_quant.measure.reference_logits import store
 
 HERE = Path(__file__).resolve().parent
-PEER = "peft-nf4"
+METHODS = ["gptq", "gptq-refined", "lsq", "lr-qat", "l4q", "qa-lora", "qlora", "qlora:init=loftq"]
+ROUNDS = 2  # of gptq-refined, as it comes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A method and its arguments, written `METHOD:NAME=VALUE,NAME=VALUE`."""
+
+    method: str
+    arguments: dict[str, float | str]
+
+    @classmethod
+    def parse(cls, text: str) -> "Asked":
+        """Of what the command line says."""
+        method, _, rest = text.partition(":")
+        pairs = (part.split("=") for part in rest.split(",") if part)
+        return cls(method, {name: _value(value) for name, value in pairs})
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes steps."""
+        return not self.method.startswith("gptq")
+
+    def __str__(self) -> str:
+        return self.method + "".join(
+            f" {n}={v:g}" if isinstance(v, float) else f" {n}={v}" for n, v in self.arguments.items()
+        )
+
+
+def _value(text: str) -> float | str:
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        return text
 
 
 def main() -> None:
@@ -35,62 +81,88 @@ def main() -> None:
     parser.add_argument("model", help="folder of a causal language model")
     parser.add_argument("calibration", type=Path, help=".npy of token ids [n, S]")
     parser.add_argument("test", type=Path, help=".npy of token ids [n]")
-    parser.add_argument(
-        "--methods", nargs="*", default=["gptq", "gptq-refined", "lr-qat", "l4q", "lsq", "qlora", "qa-lora"]
-    )
+    parser.add_argument("--methods", nargs="*", type=Asked.parse, default=[Asked.parse(m) for m in METHODS])
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2])
+    parser.add_argument("--equal", choices=["tokens", "time"], default="tokens")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rows", type=int, default=128, help="calibration rows")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8192, help="evaluation tokens")
-    parser.add_argument("--set", nargs="*", default=[], help="arguments of what trains, NAME=NUMBER")
     parser.add_argument("--dtype", default="float32", help="of the model while it is quantized and trained")
+    parser.add_argument("--again", action="store_true", help="measure rows again that are there")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "finetune.json")
     given = parser.parse_args()
-    ids = torch.from_numpy(np.load(given.calibration)[: given.rows, : given.window].astype(np.int64))
+    calibration = np.load(given.calibration)
+    ids = torch.from_numpy(calibration.reshape(-1, given.window)[: given.rows].astype(np.int64))
     test = torch.from_numpy(np.load(given.test).astype(np.int64))
     with tempfile.TemporaryDirectory() as logits:
         original = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
         store(original, test, logits, window=given.window, tokens=given.tokens, progress=False)
         for bits in given.bits:
-            for method in given.methods:
-                if method == PEER and bits != 4:
+            for asked in given.methods:
+                key = (bits, str(asked), given.equal)
+                if not given.again and any(key_of(r) == key for r in kept(given)):
                     continue
-                row = (
-                    peer(given, original, ids, test, logits)
-                    if method == PEER
-                    else ours(given, method, bits, ids, test, logits)
-                )
-                of_gptq = [r["kl"] for r in kept(given) if r["method"] == "gptq" and r["bits"] == bits]
-                if of_gptq and method != "gptq":
-                    row["closed"] = round(1 - row["kl"] / of_gptq[0], 3)
-                rows = [r for r in kept(given) if (r["method"], r["bits"]) != (method, bits)] + [row]
+                much = amount(given, bits, asked)
+                if much is None:
+                    continue
+                run = PEERS.get(asked.method, ours)
+                row = {"bits": bits, "method": str(asked), "equal": given.equal}
+                row |= run(given, asked, bits, much, ids, original, lambda model: measured(given, model, logits, test))
                 print(json.dumps(row), flush=True)
-                write(given, rows)
+                write(given, [r for r in kept(given) if key_of(r) != key] + [row])
 
 
-def ours(given: argparse.Namespace, method: str, bits: int, ids: torch.Tensor, test: torch.Tensor, at: str) -> dict:
+def key_of(row: dict) -> tuple[int, str, str]:
+    return row["bits"], row["method"], row["equal"]
+
+
+def amount(given: argparse.Namespace, bits: int, asked: Asked) -> int | None:
+    """Steps (rounds of gptq-refined) that a row gets; None: there is no such row."""
+    if asked.method == "peft-nf4" and bits != 4:
+        return None
+    first = given.steps if asked.trains else ROUNDS
+    if given.equal == "tokens":
+        return first
+    rows = [r for r in kept(given) if r["bits"] == bits and r["equal"] == "tokens"]
+    mine = [r for r in rows if r["method"] == str(asked)]
+    if not mine or asked.method == "gptq":
+        return None
+    fixed = mine[0]["seconds"] - mine[0]["spent"]
+    return max(1, round(first * (max(r["seconds"] for r in rows) - fixed) / mine[0]["spent"]))
+
+
+Judge = Callable[[nn.Module], dict]
+
+
+def ours(
+    given: argparse.Namespace, asked: Asked, bits: int, much: int, ids: Tensor, original: nn.Module, judge: Judge
+) -> dict:
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))
-    trains = not method.startswith("gptq")
-    chosen = {name: float(value) for name, value in (s.split("=") for s in given.set)} if trains else {}
-    extra = {"steps": given.steps, "batch_size": given.batch_size} if trains else {}
-    config = hf_quant.QuantConfig(method, bits=bits, group_size=given.group_size, **extra, **chosen)
-    run = hf_quant.finetune if trains else hf_quant.quantize
-    began = time.perf_counter()
+    extra = {"steps": much, "batch_size": given.batch_size} if asked.trains else {}
+    if asked.method == "gptq-refined":
+        extra = {"rounds": much}
+    config = hf_quant.QuantConfig(asked.method, bits=bits, group_size=given.group_size, **extra, **asked.arguments)
+    run = hf_quant.finetune if asked.trains else hf_quant.quantize
+    began, wall = time.process_time(), time.perf_counter()
     report = run(model, config, data=ids, progress=False)
-    seconds = time.perf_counter() - began
+    seconds, wall = time.process_time() - began, time.perf_counter() - wall
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        found = measured(given, loaded, at, test)
-    training = {n: report.training[n] for n in ("trained", "optimizer_bytes", "logit_difference") if report.training}
-    return {"method": method, "bits": bits, "arguments": chosen, **found, "seconds": round(seconds, 1), **training}
+        found = judge(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    told = report.training or {}
+    training = {n: told[n] for n in ("tokens", "trained", "optimizer_bytes", "logits", "logit_difference") if n in told}
+    share = told["seconds"] / wall if told else 1.0
+    return {"much": much, **found, "seconds": round(seconds, 1), "spent": round(seconds * share, 1), **training}
 
 
-def peer(given: argparse.Namespace, original: torch.nn.Module, ids: torch.Tensor, test: torch.Tensor, at: str) -> dict:
+def peft_nf4(
+    given: argparse.Namespace, asked: Asked, bits: int, much: int, ids: Tensor, original: nn.Module, judge: Judge
+) -> dict:
     from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig
 
     torch.manual_seed(0)
     config = BitsAndBytesConfig(
@@ -98,32 +170,77 @@ def peer(given: argparse.Namespace, original: torch.nn.Module, ids: torch.Tensor
     )
     base = AutoModelForCausalLM.from_pretrained(given.model, quantization_config=config, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    told = distilled(given, model, original, ids, much, float(asked.arguments.get("lr", 1e-3)))
+    size = 4 + 8 / 64 + 32 / (64 * 256) + 16 * told["trained"] / matrices(original)
+    return {"much": much, **judge(model.eval()), "true_bits": round(size, 4), **told}
+
+
+def torchao_qat(
+    given: argparse.Namespace, asked: Asked, bits: int, much: int, ids: Tensor, original: nn.Module, judge: Judge
+) -> dict:
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+    from torchao.quantization.qat import QATConfig
+
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    model.requires_grad_(False)
+    config = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(given.group_size))
+
+    def matrix(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and name != "lm_head"
+
+    quantize_(model, QATConfig(config, step="prepare"), filter_fn=matrix)
+    for name, module in model.named_modules():
+        if matrix(module, name):
+            module.weight.requires_grad_(True)
+    told = distilled(given, model, original, ids, much, float(asked.arguments.get("lr", 1e-4)))
+    quantize_(model, QATConfig(config, step="convert"), filter_fn=matrix)
+    size = bits + 16 / given.group_size
+    return {"much": much, **judge(model.eval()), "true_bits": round(size, 4), **told, "torchao": version("torchao")}
+
+
+PEERS = {"peft-nf4": peft_nf4, "torchao-qat": torchao_qat}
+
+
+def matrices(model: nn.Module) -> int:
+    """Weights that are quantized."""
+    return sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
+
+
+def distilled(
+    given: argparse.Namespace, model: nn.Module, original: nn.Module, ids: Tensor, steps: int, lr: float
+) -> dict:
+    """Train a peer's model by our loss, batches and schedule."""
     learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    warm = max(1, given.steps // 10)
+    optimizer = torch.optim.AdamW(learned, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    warm = max(1, steps // 10)
     rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(i / warm, max(0, given.steps - i) / (given.steps - warm))
+        optimizer, lambda i: min(i / warm, max(0, steps - i) / max(1, steps - warm))
     )
-    generator = torch.Generator().manual_seed(0)
-    began = time.perf_counter()
-    for _ in range(given.steps):
-        batch = ids[torch.randperm(len(ids), generator=generator)[: given.batch_size]]
+    began = time.process_time()
+    for batch, _ in zip(batches(ids, given.batch_size), range(steps), strict=False):
         with torch.no_grad():
             target = original(batch).logits.log_softmax(-1)
         mine = model(batch).logits.log_softmax(-1)
-        loss = torch.nn.functional.kl_div(mine, target, log_target=True, reduction="none").sum(-1).mean()
+        loss = F.kl_div(mine, target, log_target=True, reduction="none").sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         rate.step()
-    seconds = time.perf_counter() - began
-    found = measured(given, model.eval(), at, test) | {"true_bits": None}
+    seconds = round(time.process_time() - began, 1)
     trained = sum(p.numel() for p in learned)
-    return {"method": PEER, "bits": 4, **found, "seconds": round(seconds, 1), "trained": trained}
+    return {"seconds": seconds, "spent": seconds, "tokens": steps * given.batch_size * ids.shape[1], "trained": trained}
 
 
-def measured(given: argparse.Namespace, model: torch.nn.Module, at: str, test: torch.Tensor) -> dict:
+def batches(ids: Tensor, size: int) -> Iterator[Tensor]:
+    """Without end; every row once before any comes again."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        for rows in torch.randperm(len(ids), generator=generator).split(size):
+            yield ids[rows]
+
+
+def measured(given: argparse.Namespace, model: nn.Module, at: str, test: Tensor) -> dict:
     found = evaluate(model, at, test, window=given.window, tokens=given.tokens, progress=False)
     return {
         "true_bits": round(found.bits_per_weight or 0.0, 4),
@@ -149,7 +266,7 @@ def kept(given: argparse.Namespace) -> list[dict]:
 
 def write(given: argparse.Namespace, rows: list[dict]) -> None:
     """The rows as JSON, and as a table beside it."""
-    rows.sort(key=lambda r: -r["bits"])
+    rows.sort(key=lambda r: (r["equal"] == "time", -r["bits"]))
     result = {
         "settings": settings(given),
         "versions": {
@@ -167,20 +284,24 @@ def write(given: argparse.Namespace, rows: list[dict]) -> None:
     given.out.with_suffix(".md").write_text(table(result))
 
 
+COLUMNS = ["bits", "method", "true bits", "KL", "of gptq's gap closed", "perplexity", "top-1 %", "tokens", "seconds"]
+
+
 def table(result: dict) -> str:
-    """Markdown."""
+    """Markdown: at equal tokens, then at equal time."""
     said = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in result["settings"].items())
-    lines = [f"Training against gptq: {said}.", ""]
-    lines += [
-        "| bits | method | true bits | KL | of gptq's gap closed | perplexity | top-1 % | seconds |",
-        "|---" * 8 + "|",
-    ]
-    for row in result["rows"]:
-        closed = f"{100 * row['closed']:.0f} %" if "closed" in row else "-"
-        size = "-" if row["true_bits"] is None else f"{row['true_bits']:.3f}"
-        figures = f"{row['kl']:.5f} | {closed} | {row['perplexity']:.3f} | {row['top1']:.2f} | {row['seconds']:.0f}"
-        chosen = "".join(f" {n}={v:g}" for n, v in row.get("arguments", {}).items())
-        lines.append(f"| {row['bits']} | {row['method']}{chosen} | {size} | {figures} |")
+    lines = [f"Training against gptq: {said}."]
+    gptq = {r["bits"]: r["kl"] for r in result["rows"] if r["method"] == "gptq"}
+    for equal in ("tokens", "time"):
+        rows = [r for r in result["rows"] if r["equal"] == equal]
+        if rows:
+            lines += ["", f"At equal {equal}:", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        for row in rows:
+            share = 1 - row["kl"] / gptq[row["bits"]] if row["bits"] in gptq and row["method"] != "gptq" else None
+            closed = "-" if share is None else f"{100 * share:.0f} %"
+            figures = f"{row['kl']:.5f} | {closed} | {row['perplexity']:.3f} | {row['top1']:.2f}"
+            cost = f"{row['tokens']:.0f} | {row['seconds']:.0f}" if "tokens" in row else f"- | {row['seconds']:.0f}"
+            lines.append(f"| {row['bits']} | {row['method']} | {row['true_bits']:.3f} | {figures} | {cost} |")
     return "\n".join(lines) + "\n"
 
 

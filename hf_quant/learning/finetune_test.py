@@ -83,6 +83,30 @@ def test_rows_of_different_lengths_and_labels() -> None:
     assert not any(m.training for model in models for m in model.modules())
 
 
+def test_norms_learn_beside_the_codes(tmp_path: Path) -> None:
+    """Against a teacher that keeps its own; they are saved with the model, and cut-off training goes on with them."""
+    given = {"bits": 3, "group_size": 32, "rank": 2, "steps": 4, "lr_norms": 1e-2}
+    before, model = llama(), llama()
+    report = hf_quant.finetune(
+        model, QuantConfig("lr-qat", **given, run_dir=tmp_path / "run"), tokens(), progress=False
+    )
+    assert report.training["logit_difference"] < 1e-4 * report.training["logits"]
+    gains = {n: p for n, p in model.named_parameters() if n.endswith("norm.weight")}
+    moved = {n: float((p - before.get_parameter(n)).detach().abs().max()) for n, p in gains.items()}
+    assert min(moved.values()) > 0
+    assert max(moved.values()) < 4 * 1e-2 * 1.01
+    assert not any("parametrizations" in n for n, _ in model.named_modules())
+    model.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(loaded.get_parameter(n), p) for n, p in gains.items())
+    again = llama()
+    hf_quant.finetune(again, QuantConfig("lr-qat", **given, run_dir=tmp_path / "run"), tokens(), progress=False)
+    assert all(torch.equal(again.get_parameter(n), p) for n, p in gains.items())
+    alone = llama()
+    hf_quant.finetune(alone, QuantConfig("lr-qat", **{**given, "lr_norms": 0}), tokens(), progress=False)
+    assert all(torch.equal(alone.get_parameter(n), before.get_parameter(n)) for n in gains)
+
+
 def test_divergence_is_told() -> None:
     model = llama()
     model.lm_head.weight.data.fill_(1e38)

@@ -76,6 +76,8 @@ def train(
             )
             of[entry.name] = entry
             install(model, site, Solved(q, branches, None, None, entry))
+        for name, vector in trained.kept.items():
+            model.get_parameter(name).copy_(vector)
         measured = trained.measured | _difference(model, trained.probe)
     model.to(home)
     return list(of.values()), measured

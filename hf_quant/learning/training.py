@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_quant.errors import RunError
 from hf_quant.integrations.recomputing import recompute_activations
+from hf_quant.learning.kept import Offset, offsets, remove, settled
 from hf_quant.qtensor import QTensor
 from hf_quant.running.progress import inner
 from hf_quant.stages.fakequant import FakeQuant
@@ -72,6 +73,7 @@ def train(
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     students: dict[str, Student] = {}
+    vectors: dict[str, Offset] = {}
     modules = {name: model.get_submodule(name) for name in start}
     was = {n: p.requires_grad for n, p in model.named_parameters()}
     training = model.training
@@ -80,6 +82,7 @@ def train(
         recompute_activations(model)
     with tempfile.TemporaryDirectory() as scratch, torch.enable_grad(), _own_generators():
         try:
+            vectors = offsets(model) if how.lr_norms else {}
             for name, q in start.items():
                 module = modules[name]
                 transposed = not isinstance(module, nn.Linear)
@@ -89,16 +92,20 @@ def train(
                 students[name] = Student(fake.to(weight.device), transposed)
                 parametrize.register_parametrization(module, "weight", students[name], unsafe=True)
             rows = _rows(batches)
-            trainer = _Trainer(how, model, students, rows, seed, folder or Path(scratch), keep=folder is not None)
+            trainer = _Trainer(
+                how, model, students, vectors, rows, seed, folder or Path(scratch), keep=folder is not None
+            )
             history = trainer.run()
             probe = _collate(rows[:1])
             with torch.no_grad():
                 said = (probe, model.eval()(**trainer._prepare_inputs(dict(probe))).logits)
                 weights = {n: s.fake.export(_original(modules[n], s)) for n, s in students.items()}
             branches = {n: b for n, s in students.items() if (b := s.fake.branch()) is not None}
-            learned = [p for s in students.values() for p, _ in s.fake.learned()]
+            kept = settled(model, vectors)
+            learned = [p for group in trainer.optimizer.param_groups for p in group["params"]]
             state = [t for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
         finally:
+            remove(model, vectors)
             for name in students:
                 module = modules[name]
                 if parametrize.is_parametrized(module, "weight"):
@@ -117,7 +124,7 @@ def train(
         "trained": float(sum(p.numel() for p in learned)),
         "optimizer_bytes": float(sum(t.numel() * t.element_size() for t in state)),
     }
-    return Trained(weights, measured, branches, said)
+    return Trained(weights, measured, branches, said, kept)
 
 
 def _original(module: nn.Module, student: Student) -> Tensor:
@@ -148,13 +155,14 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         how: Qat,
         model: nn.Module,
         students: Mapping[str, Student],
+        vectors: Mapping[str, Offset],
         rows: list[dict[str, Tensor]],
         seed: int,
         folder: Path,
         *,
         keep: bool,
     ) -> None:
-        self.how, self.students = how, students
+        self.how, self.students, self.vectors = how, students, vectors
         self.history: list[tuple[float, float]] = []
         self.keep = keep
         self.bar = iter(inner(range(how.steps), description="steps", total=how.steps))
@@ -202,6 +210,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         for student in self.students.values():
             for parameter, rate in student.fake.learned():
                 groups.setdefault(rate, []).append(parameter)
+        if self.vectors:
+            groups.setdefault(self.how.lr_norms, []).extend(v.offset for v in dict.fromkeys(self.vectors.values()))
         self.optimizer = torch.optim.AdamW(
             [{"params": p, "lr": rate} for rate, p in groups.items()], betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -249,13 +259,14 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
 
     @contextmanager
     def _teacher(self) -> Iterator[None]:
-        for student in self.students.values():
-            student.on = False
+        switches: list[Student | Offset] = [*self.students.values(), *self.vectors.values()]
+        for switch in switches:
+            switch.on = False
         try:
             yield
         finally:
-            for student in self.students.values():
-                student.on = True
+            for switch in switches:
+                switch.on = True
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401
         folder = Path(output_dir or self.args.output_dir)
@@ -272,11 +283,12 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
                 tensor.copy_(kept[name])
 
     def _learned(self) -> dict[str, Tensor]:
-        return {
+        rounded = {
             f"{site}.{i}": parameter.data
             for site, student in self.students.items()
             for i, (parameter, _) in enumerate(student.fake.learned())
         }
+        return rounded | {path: vector.offset.data for path, vector in self.vectors.items()}
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc]  # an untyped base

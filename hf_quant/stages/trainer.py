@@ -25,12 +25,14 @@ class Trained:
             "optimizer_bytes". The loop adds "logits" (the largest there is on the probe) and "logit_difference".
         branches: site -> what was trained beside the codes.
         probe: one batch and the logits of the student when training ended: what the packed model has to say of it.
+        kept: vectors that stay in full precision and were trained too, by the parameter's name.
     """
 
     weights: dict[str, QTensor]
     measured: dict[str, float]
     branches: dict[str, Branch] = field(default_factory=dict)
     probe: tuple[Batch, Tensor] | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Trainer(Protocol):
@@ -69,6 +71,8 @@ class Qat:
         distill: weight of the teacher, 0 to 1; 0: no teacher runs.
         schedule: of the learning rates, after a warm-up over the first tenth.
         clip: largest norm of the gradient.
+        lr_norms: learning rate of vectors (gains of norms, biases), which stay in full precision, as a share of their
+            root mean square; 0: they stay what they were.
         gradient_checkpointing: blocks compute their activations again in the backward pass: less memory, more time.
     """
 
@@ -78,6 +82,7 @@ class Qat:
     distill: float = 1.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     clip: float = 1.0
+    lr_norms: float = 0.0
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +91,8 @@ class Qat:
                 raise ConfigError(f"{name}={value!r}: a positive integer")
         if not 0 <= self.distill <= 1:
             raise ConfigError(f"distill={self.distill!r}: a number from 0 (no teacher) to 1 (nothing else)")
+        if not self.lr_norms >= 0:
+            raise ConfigError(f"lr_norms={self.lr_norms!r}: a learning rate, 0 (norms stay as they are) or above")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ConfigError(f"schedule={self.schedule!r}: linear, cosine or constant")
 

@@ -5,8 +5,8 @@
 Shapes: W_NK weight; A `[r, K]`, B `[N, r]`; s, z `[N, G]`.
 Differs from the paper: begins at a solver's codes; zero points are rounded to integers, as they are stored, with the
 straight-through gradient; BA is learned in units of the mean step and s relative to the solver's, so that learning
-rates mean the same for every model; distilled from the full-precision model; the gradient of the merged weight is not
-recomputed.
+rates mean the same for every model; gains of norms are learned too; distilled from the full-precision model; the
+gradient of the merged weight is not recomputed.
 """
 
 from dataclasses import dataclass
@@ -96,8 +96,8 @@ class L4q:
 
     rank: int = 16
     alpha: float = 16.0
-    lr: float = 5e-3
-    lr_scale: float = 2e-2
+    lr: float = 2e-3
+    lr_scale: float = 8e-3
     lr_zero: float = 2e-3
     estimator: Estimator = Clipped()
 
@@ -125,8 +125,9 @@ def l4q(
     rank: int = 16,
     steps: int = 200,
     batch_size: int = 8,
-    lr: float = 5e-3,
-    lr_scale: float = 2e-2,
+    lr: float = 2e-3,
+    lr_scale: float = 8e-3,
+    lr_norms: float = 2e-3,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,
@@ -134,7 +135,8 @@ def l4q(
 ) -> Recipe:
     """gptq-refined, then training of LoRA, scales and zero points inside the rounding.
 
-    `lr` is of LoRA in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps.
+    `lr` is of LoRA in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps;
+    `lr_norms` of the gains of norms, as a share of their size (0: they are not trained).
     """
     return Recipe(
         weights=int_spec(bits, group_size),
@@ -147,6 +149,7 @@ def l4q(
             steps=steps,
             batch_size=batch_size,
             distill=distill,
+            lr_norms=lr_norms,
             gradient_checkpointing=gradient_checkpointing,
         ),
     )

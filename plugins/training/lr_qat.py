@@ -7,7 +7,7 @@ The low-rank term lies inside the rounding, in units of the grid: it moves codes
 Shapes: W_NK weight; A `[r, K]`, B `[N, r]`; s `[N, G]`.
 Differs from the paper: P begins near the solver's code, so any solver can come before; it is kept in bfloat16 or
 float32 (the paper also has 8-bit fixed point); step sizes are learned relative to the solver's, so that a learning rate
-means the same for every model; distilled from the full-precision model.
+means the same for every model; gains of norms are learned too; distilled from the full-precision model.
 """
 
 from dataclasses import dataclass
@@ -94,8 +94,8 @@ class LrQat:
 
     rank: int = 32
     alpha: float = 32.0
-    lr: float = 5e-3
-    lr_scale: float = 2e-2
+    lr: float = 2e-3
+    lr_scale: float = 8e-3
     frozen: Literal["float32", "bfloat16"] = "bfloat16"
     estimator: Estimator = Clipped()
 
@@ -123,8 +123,9 @@ def lr_qat(
     rank: int = 32,
     steps: int = 200,
     batch_size: int = 8,
-    lr: float = 5e-3,
-    lr_scale: float = 2e-2,
+    lr: float = 2e-3,
+    lr_scale: float = 8e-3,
+    lr_norms: float = 2e-3,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,
@@ -132,7 +133,8 @@ def lr_qat(
 ) -> Recipe:
     """gptq-refined, then training of low-rank terms inside the rounding.
 
-    `lr` is of those terms in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps.
+    `lr` is of those terms in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps;
+    `lr_norms` of the gains of norms, as a share of their size (0: they are not trained).
     """
     return Recipe(
         weights=int_spec(bits, group_size),
@@ -145,6 +147,7 @@ def lr_qat(
             steps=steps,
             batch_size=batch_size,
             distill=distill,
+            lr_norms=lr_norms,
             gradient_checkpointing=gradient_checkpointing,
         ),
     )

@@ -5,8 +5,8 @@
 
 Shapes: W_NK weight; s `[N, G]`.
 Differs from the paper: begins at a solver's codes instead of `2 mean|W| / sqrt(high)`; zero points are kept; weights
-are learned in units of the solver's step and step sizes relative to it, each with a learning rate of its own; distilled
-from the full-precision model; no activations are rounded.
+are learned in units of the solver's step and step sizes relative to it, each with a learning rate of its own; of what
+is not rounded only gains of norms are learned; distilled from the full-precision model; no activations are rounded.
 """
 
 from dataclasses import dataclass
@@ -78,8 +78,8 @@ class LsqFake(FakeQuant):
 class Lsq:
     """Learned weights and step sizes."""
 
-    lr: float = 2e-3
-    lr_scale: float = 2e-2
+    lr: float = 1e-3
+    lr_scale: float = 8e-3
     estimator: Estimator = Clipped()
 
     def refuses(self, spec: Spec) -> str | None:
@@ -102,8 +102,9 @@ def lsq(
     group_size: int = 128,
     steps: int = 200,
     batch_size: int = 8,
-    lr: float = 2e-3,
-    lr_scale: float = 2e-2,
+    lr: float = 1e-3,
+    lr_scale: float = 8e-3,
+    lr_norms: float = 2e-3,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,
@@ -111,7 +112,8 @@ def lsq(
 ) -> Recipe:
     """gptq-refined, then training of everything.
 
-    `lr` is of weights in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps.
+    `lr` is of weights in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps;
+    `lr_norms` of the gains of norms, as a share of their size (0: they are not trained).
     """
     return Recipe(
         weights=int_spec(bits, group_size),
@@ -124,6 +126,7 @@ def lsq(
             steps=steps,
             batch_size=batch_size,
             distill=distill,
+            lr_norms=lr_norms,
             gradient_checkpointing=gradient_checkpointing,
         ),
     )

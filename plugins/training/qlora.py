@@ -5,16 +5,21 @@
 Shapes: W_NK weight; A `[r, K]`, B `[N, r]`.
 Differs from the paper: integers in groups with searched ranges instead of NF4 with doubly quantized scales (PEFT trains
 adapters on a `bnb-nf4` model as on any other of ours); the adapter is a branch of the layer, saved and counted with it;
-distilled from the full-precision model.
+distilled from the full-precision model. `init="loftq"`: codes and the adapter's first values are those of LoftQ
+(arXiv:2310.08659).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.residual.loftq import Loftq
+from hf_quant.plugins.residual.lowrank_core import low_rank
 from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank
 from hf_quant.qtensor import QTensor
 from hf_quant.recipe import Recipe
@@ -22,16 +27,22 @@ from hf_quant.runtime.branches import AdapterBits, CodedLowRank, LowRank, check_
 from hf_quant.spec import Spec, int_spec
 from hf_quant.stages.fakequant import FakeQuant, Learned, exactly
 from hf_quant.stages.sampler import TextSampler
+from hf_quant.stages.solver import Nearest
 from hf_quant.stages.trainer import Qat
 
 
 class QloraFake(FakeQuant):
     """Frozen codes and a low-rank term beside them."""
 
-    def __init__(self, q: QTensor, how: "Qlora", generator: torch.Generator) -> None:
+    def __init__(self, W_NK: Tensor, q: QTensor, how: "Qlora", generator: torch.Generator) -> None:
         super().__init__()
         self.q, self.how = q, how
         self.term = LowRankTerm(q.shape, how.rank, how.alpha, generator)
+        if how.init == "loftq":
+            down, up = low_rank(W_NK.float() - q.dequantize(), how.rank)
+            with torch.no_grad():
+                self.term.A.copy_(down)
+                self.term.B.copy_(up / self.term.scaling)
 
     def forward(self, W_NK: Tensor) -> Tensor:
         """Codes and term, which is rounded as it will be stored, with a straight-through gradient."""
@@ -61,18 +72,21 @@ class Qlora:
     alpha: float = 32.0
     lr: float = 1e-3
     bits: AdapterBits = 16
+    init: Literal["zero", "loftq"] = "zero"
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
         check_adapter_bits(self.bits)
+        if self.init not in ("zero", "loftq"):
+            raise ConfigError(f"init={self.init!r}: zero, or loftq (codes and term fitted to the weight in turns)")
 
     def refuses(self, spec: Spec) -> str | None:
         """Takes every grid: codes are not touched."""
         return None
 
     def start(self, W_NK: Tensor, q: QTensor, generator: torch.Generator) -> FakeQuant:
-        """The term is zero."""
-        return QloraFake(q, self, generator)
+        """The term is zero, or what is nearest to the rounding error."""
+        return QloraFake(W_NK, q, self, generator)
 
 
 @method(
@@ -93,14 +107,16 @@ def qlora(
     length: int = 512,
     gradient_checkpointing: bool = False,
     adapter_bits: AdapterBits = 16,
+    init: Literal["zero", "loftq"] = "zero",
 ) -> Recipe:
     """Ranges by least squares, rounding to nearest, and a trained branch (stored in 16, 8 or 4 bits)."""
     return Recipe(
         weights=int_spec(bits, group_size),
         range=MseClip(steps=24, floor=0.5, power=2.0),
+        solver=Loftq(rank) if init == "loftq" else Nearest(),
         sampler=TextSampler(samples, length),
         trainer=Qat(
-            Qlora(rank, 2.0 * rank, lr, adapter_bits),
+            Qlora(rank, 2.0 * rank, lr, adapter_bits, init),
             steps=steps,
             batch_size=batch_size,
             distill=distill,

@@ -24,6 +24,25 @@ def test_invariant_codes_are_frozen(judge, claims, tmp_path) -> None:
     claims.invariant("qlora", "codes are those of before; the branch is saved and counted", frozen and same and counted)
 
 
+def test_it_may_begin_at_loftq(judge) -> None:
+    """Codes and branch are those of `loftq` over the same ranges, before any step to the bit."""
+    from hf_quant.plugins.calibration.mse_clip import MseClip
+    from hf_quant.plugins.residual.loftq import Loftq
+    from hf_quant.plugins.residual.lowrank_core import low_rank
+    from hf_quant.plugins.training.qlora import Qlora
+    from hf_quant.spec import int_spec
+
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(48, 64, generator=g)
+    q = Loftq(4).solve(W, int_spec(2, 32), MseClip(), None)
+    fake = Qlora(rank=4, init="loftq").start(W, q, g)
+    down, up = low_rank(W - q.dequantize(), 4)
+    assert torch.allclose(fake(W), q.dequantize() + up @ down, atol=1e-6)
+    assert (fake(W) - W).norm() < 0.9 * (q.dequantize() - W).norm()
+    recipe = QuantConfig("qlora", **SETTING, init="loftq", rank=4).quantizer()
+    assert (recipe.solver, recipe.trainer.rounding.init) == (Loftq(4), "loftq")
+
+
 @pytest.mark.slow
 def test_order_below_where_it_began(judge, claims) -> None:
     ours = [judge.kl("qlora", seed=s, **SETTING, **SHORT) for s in range(2)]
