@@ -94,8 +94,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure rows again that are there")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "finetune.json")
     given = parser.parse_args()
-    calibration = np.load(given.calibration)
-    ids = torch.from_numpy(calibration.reshape(-1, given.window)[: given.rows].astype(np.int64))
+    ids = torch.from_numpy(np.load(given.calibration)[: given.rows, : given.window].astype(np.int64))
     test = torch.from_numpy(np.load(given.test).astype(np.int64))
     with tempfile.TemporaryDirectory() as logits:
         original = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
@@ -128,7 +127,7 @@ def amount(given: argparse.Namespace, bits: int, asked: Asked) -> int | None:
         return first
     rows = [r for r in kept(given) if r["bits"] == bits and r["equal"] == "tokens"]
     mine = [r for r in rows if r["method"] == str(asked)]
-    if not mine or asked.method == "gptq":
+    if not mine or "spent" not in mine[0] or asked.method == "gptq":
         return None
     fixed = mine[0]["seconds"] - mine[0]["spent"]
     return max(1, round(first * (max(r["seconds"] for r in rows) - fixed) / mine[0]["spent"]))

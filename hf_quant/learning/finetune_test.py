@@ -107,6 +107,20 @@ def test_norms_learn_beside_the_codes(tmp_path: Path) -> None:
     assert all(torch.equal(alone.get_parameter(n), before.get_parameter(n)) for n in gains)
 
 
+def test_without_a_teacher_the_model_runs_once_a_step() -> None:
+    """`distill=0`: the texts alone, by the model's own loss."""
+    runs = []
+    for distill in (0.0, 1.0):
+        model, calls = llama(), []
+        hook = model.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        config = QuantConfig("lr-qat", bits=3, group_size=32, rank=2, steps=3, distill=distill)
+        hf_quant.finetune(model, config, tokens(), progress=False)
+        hook.remove()
+        runs.append((calls.count(True), len(calls)))
+    assert [with_gradients for with_gradients, _ in runs] == [3, 3]
+    assert runs[1][1] - runs[0][1] == 3  # the teacher's
+
+
 def test_divergence_is_told() -> None:
     model = llama()
     model.lm_head.weight.data.fill_(1e38)

@@ -59,8 +59,7 @@ def test_a_few_steps_already_help(judge) -> None:
 
 @pytest.mark.slow
 def test_claim(judge, claims) -> None:
-    ours = [judge.kl("lr-qat", seed=s, **TWO, **SHORT) for s in range(2)]
-    theirs = [judge.kl("gptq-refined", seed=s, **TWO) for s in range(2)]
+    ours, theirs = judge.kls("lr-qat", **TWO, **SHORT), judge.kls("gptq-refined", **TWO)
     statement = "KL at most 0.9 of gptq-refined's, where it begins, after 20 steps of 4 windows, 2 bits (tiny-lm)"
     claims.order("lr-qat", statement, ours=ours, theirs=theirs, factor=0.9, reproduced=False)
 
