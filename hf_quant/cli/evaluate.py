@@ -47,7 +47,11 @@ def command(
     ] = None,
     classifier: Annotated[
         str | None,
-        typer.Option("--classifier", metavar="MODEL", help="Pipelines: who reads the pictures; an image classifier."),
+        typer.Option(
+            "--classifier",
+            metavar="MODEL",
+            help="Pipelines: who reads the pictures. Default: the one image classifier in a folder beside theirs.",
+        ),
     ] = None,
     classes: Annotated[
         int | None, typer.Option("--classes", help="Pipelines by class: draw the first so many. Default: all it reads.")
@@ -58,6 +62,9 @@ def command(
     images: Annotated[int | None, typer.Option("--images", help="Pipelines: how many to draw. Default: 64.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Pipelines: of denoising. Default: 20.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Pipelines: scale of guidance.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Pipelines: what to compute in. Default: float32.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="PNG", help="Pipelines: draw the error against the timestep.")
     ] = None,
@@ -89,12 +96,11 @@ def command(
         images=images,
         steps=steps,
         guidance=guidance,
+        dtype=dtype,
         plot=plot,
     )
     if draws(model):
-        if resume is not None:
-            raise ConfigError("--resume: for language models; a pipeline is measured in one go")
-        drawn = pictures.measure(model, reference, data, asked, batch_size=batch_size, device=device)
+        drawn = pictures.measure(model, reference, data, asked, batch_size=batch_size, device=device, resume=resume)
         show(drawn.to_json(), as_json, lambda console: pairs(console, pictures.rows(drawn)))
         return
     asked.refuse()

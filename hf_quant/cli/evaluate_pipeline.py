@@ -1,7 +1,7 @@
 """What `hf-quant evaluate` does with a pipeline of diffusers."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,8 @@ from hf_quant.cli.output import size
 from hf_quant.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from hf_quant.measure.evaluation import PipelineEvaluation
 
 
@@ -22,6 +24,7 @@ class Asked:
     images: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    dtype: str | None = None
     plot: Path | None = None
 
     @property
@@ -43,11 +46,20 @@ class Asked:
 
 
 def measure(
-    model: str, reference: str | None, data: Path | None, asked: Asked, *, batch_size: int | None, device: str | None
+    model: str,
+    reference: str | None,
+    data: Path | None,
+    asked: Asked,
+    *,
+    batch_size: int | None,
+    device: str | None,
+    resume: Path | None,
 ) -> "PipelineEvaluation":
     """`evaluate_pipeline` on what lies at these places; the command it keeps names no path of this machine."""
     from hf_quant.measure.evaluate_pipeline import evaluate_pipeline
 
+    if asked.classifier is None and (found := classifier_beside(model, reference)) is not None:
+        asked = replace(asked, classifier=str(found))
     options = asked.given
     plot, classes, prompts = options.pop("plot", None), options.pop("classes", None), options.pop("prompts", None)
     words = ["hf-quant", "evaluate", _shown(model), *([] if data is None else [_shown(data)])]
@@ -60,13 +72,38 @@ def measure(
         options["prompts"] = _lines(prompts)
     if batch_size is not None:
         options["batch_size"] = batch_size
-    found = evaluate_pipeline(model, reference, data, device=device, command=shlex.join(words), **options)
+    if "dtype" in options:
+        options["dtype"] = _dtype(options["dtype"])
+    measured = evaluate_pipeline(
+        model, reference, data, device=device, resume=resume, command=shlex.join(words), **options
+    )
     if plot is not None:
         from hf_quant.pages.plots import save_png, timestep_figure
 
-        if found.sqnr is None:
+        if measured.sqnr is None:
             raise ConfigError("--plot draws the error against full precision: name it with --reference")
-        save_png(timestep_figure({_shown(model): (found.timesteps, found.sqnr)}), plot)
+        save_png(timestep_figure({_shown(model): (measured.timesteps, measured.sqnr)}), plot)
+    return measured
+
+
+def classifier_beside(*pipelines: str | None) -> Path | None:
+    """The one image classifier of transformers in a folder beside these; None: there is none, or more than one."""
+    found = {
+        config.parent.resolve()
+        for pipeline in pipelines
+        if pipeline is not None and Path(pipeline).is_dir()
+        for config in Path(pipeline).resolve().parent.glob("*/config.json")
+        if "ForImageClassification" in config.read_text(encoding="utf-8", errors="replace")
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _dtype(name: str) -> "torch.dtype":
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"--dtype {name}: float32, bfloat16 or float16")
     return found
 
 
@@ -98,6 +135,7 @@ def rows(found: "PipelineEvaluation") -> list[tuple[str, Any]]:
         ("SQNR of the network", curve),
         ("PSNR to full precision", None if psnr is None else psnr + error),
         ("trajectory", drift),
+        ("read by", found.classifier),
         ("class accuracy", _beside(found.accuracy, found.reference_accuracy, "{:.1f} %")),
         ("reads as full precision's", None if found.agreement is None else f"{found.agreement:.1f} %"),
         ("Fréchet distance", _beside(found.frechet_to_data, found.reference_frechet_to_data, "{:.3f}")),
@@ -106,7 +144,8 @@ def rows(found: "PipelineEvaluation") -> list[tuple[str, Any]]:
         ("size", f"{size(found.stored_bytes)} of tensors{disk}"),
         ("peak memory", f"{size(found.peak_bytes)} ({found.peak_holds})"),
         ("seconds per image", _beside(found.seconds_per_image, found.reference_seconds_per_image, "{:.3f}")),
-        ("on", f"{found.images} images of {found.steps} steps, {found.batch_size} at a time, {found.device}"),
+        ("on", f"{found.images} images of {found.steps} steps, {found.batch_size} at a time"),
+        ("where", f"{found.device}, {found.dtype}"),
     ]
 
 

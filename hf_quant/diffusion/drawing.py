@@ -75,10 +75,11 @@ class Drawing:
             UnsupportedModel: what comes out are no pictures.
             RunError: they are not finite.
         """
-        drawn = getattr(self.run(pipeline, numbers, noise, "np"), "images", None)
+        drawn = getattr(self.run(pipeline, numbers, noise, "pt"), "images", None)  # as arrays there is no bfloat16
         if drawn is None:
             raise UnsupportedModel(f"{type(pipeline).__name__} gives no images")
-        pictures = torch.as_tensor(drawn)
+        known = isinstance(drawn, Tensor)  # some give arrays all the same, with the channels last
+        pictures = (drawn.permute(0, 2, 3, 1) if known else torch.as_tensor(drawn)).float().cpu()
         if not pictures.isfinite().all():
             raise RunError("the pictures hold NaN or infinite values: a model that diverges has no score")
         return pictures

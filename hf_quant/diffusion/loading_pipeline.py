@@ -43,19 +43,20 @@ def draws(model: str | Path) -> bool:
     return isinstance(config, dict) and "_class_name" in config
 
 
-def load_pipeline(model: str | Path, device: torch.device | str | None = None) -> Any:  # noqa: ANN401  of any class
-    """A pipeline in float32, ready to draw.
+def load_pipeline(model: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:  # noqa: ANN401  of any class
+    """A pipeline, ready to draw.
 
     Args:
         model: folder or Hub id.
         device: where to put it; None: the CPU.
+        dtype: what it computes in; None: float32, whatever type its files hold.
 
     Raises:
         CheckpointError: nothing there, or a damaged file (it is named).
         UnsupportedModel: no pipeline, or diffusers is missing.
     """
     try:
-        from diffusers import DiffusionPipeline
+        from diffusers import DiffusionPipeline, __version__
     except ImportError:
         raise UnsupportedModel("a pipeline needs diffusers: pip install 'hf-quant[diffusers]'") from None
     path = Path(model).expanduser()
@@ -66,7 +67,9 @@ def load_pipeline(model: str | Path, device: torch.device | str | None = None) -
             check_files(path / part)
     try:
         local = path.is_dir()
-        loaded = DiffusionPipeline.from_pretrained(str(path if local else model), local_files_only=local)
+        named = "torch_dtype" if __version__.startswith("0.39") else "dtype"
+        options: dict[str, Any] = {} if dtype is None else {named: dtype}
+        loaded = DiffusionPipeline.from_pretrained(str(path if local else model), local_files_only=local, **options)
     except HfQuantError:
         raise
     except Exception as error:  # whatever a damaged file makes go wrong inside a library

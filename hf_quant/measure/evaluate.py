@@ -6,11 +6,9 @@ dropped; what stays is four numbers a window, written to the resume file after e
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from hf_quant.data import calibration
 from hf_quant.data.reading import Data, Processor
 from hf_quant.errors import CalibrationError, NotSupported, RunError, UnsupportedModel
+from hf_quant.measure.batch_log import append, resumed
 from hf_quant.measure.evaluation import Evaluation as Evaluation
 from hf_quant.measure.reference_logits import (
     INDEX,
@@ -89,7 +88,7 @@ def evaluate(
         "reference": against.identity if against else None,
     }
     log = Path(resume) if resume is not None else None
-    done = _resumed(log, key) if log else []
+    done = resumed(log, key) if log else []
     peak = Peak(device_of(model))
     training = [m for m in model.modules() if m.training]
     model.eval()
@@ -98,7 +97,7 @@ def evaluate(
         for start in track(starts, description="evaluating", enabled=progress):
             done.append({**_batch(model, against, ids[start : start + size], start), "peak": peak.bytes()})
             if log:
-                _append(log, done[-1])
+                append(log, done[-1])
     finally:
         for module in training:
             module.training = True
@@ -224,32 +223,6 @@ def _summary(rows: list[list[float]]) -> dict[str, Any]:
         "loss_increase": increase,
         "loss_increase_error": increase_error,
     }
-
-
-def _resumed(log: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
-    """The batches in the log; starts it when there is none, and cuts off a line that a killed run left half-written."""
-    text = log.read_bytes() if log.exists() else b""
-    whole = text[: text.rfind(b"\n") + 1]
-    lines = []
-    with suppress(ValueError):
-        lines = [json.loads(line) for line in whole.splitlines()]
-    if whole and (not lines or lines[0] != key):
-        raise RunError(
-            f"{log} belongs to another evaluation (model, reference, data or batch size); delete it or name another"
-        )
-    if not whole:
-        whole = json.dumps(key).encode() + b"\n"
-    partial = log.with_name(log.name + ".partial")
-    partial.write_bytes(whole)
-    os.replace(partial, log)
-    return lines[1:]
-
-
-def _append(log: Path, batch: dict[str, Any]) -> None:
-    with log.open("ab") as file:
-        file.write(json.dumps(batch).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class _Beside:

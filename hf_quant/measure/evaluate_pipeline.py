@@ -1,15 +1,15 @@
 """Evaluate a pipeline: how far a quantized diffusion pipeline is from full precision, at every timestep and in the end.
 
 Both draw from equal noise, a batch of pictures at a time. While full precision draws, the quantized network is called
-with the same inputs; nothing but sums, the pictures and one batch's trajectory is kept.
+with the same inputs. What stays of a batch are sums, errors and what the classifier read (`drawn.py`): a line of the
+resume file.
 """
 
 import inspect
-import math
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,13 @@ from hf_quant.diffusion.loading_pipeline import INDEX, bytes_on_disk, load_pipel
 from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.ledger import count_bits
 from hf_quant.loading import load_model
+from hf_quant.measure.batch_log import append, resumed
+from hf_quant.measure.drawn import distances, per_image, readings
 from hf_quant.measure.evaluation import PipelineEvaluation
-from hf_quant.measure.picture_metrics import Classifier, decibels, frechet_distance, psnr, read_pictures
+from hf_quant.measure.picture_metrics import Classifier, read_pictures, squared_errors
+from hf_quant.measure.reference_logits import identity
 from hf_quant.running.progress import track
 from hf_quant.running.resources import Peak, device_name
-
-READINGS = (
-    "accuracy",
-    "reference_accuracy",
-    "agreement",
-    "frechet_to_reference",
-    "frechet_to_data",
-    "reference_frechet_to_data",
-)
 
 
 @torch.no_grad()
@@ -52,6 +46,8 @@ def evaluate_pipeline(
     batch_size: int = 8,
     seed: int = 0,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    resume: str | Path | None = None,
     command: str | None = None,
     progress: bool = True,
 ) -> PipelineEvaluation:
@@ -71,6 +67,8 @@ def evaluate_pipeline(
         batch_size: at a time.
         seed: of the noise of the first.
         device: where to run; None: where the pipeline is.
+        dtype: what is loaded computes in; None: float32, a reference in that of the model.
+        resume: a file that grows by a line a batch; a killed run given the same file goes on to the identical result.
         command: how this was called; None: this call in words.
         progress: show a bar on a terminal, with the time that is left.
 
@@ -79,7 +77,7 @@ def evaluate_pipeline(
         UnsupportedModel: no pipeline there, one that draws from more than noise, classes and texts, or no classifier.
         ConfigError: an impossible argument, missing prompts or classes, a network without its reference.
         CalibrationError: no real pictures in `data`, or too few for a distance.
-        RunError: pictures are not finite.
+        RunError: pictures are not finite, or `resume` belongs to another evaluation.
     """
     if images < 1 or batch_size < 1:
         raise ConfigError(f"images={images}, batch_size={batch_size}: 1 or more")
@@ -94,32 +92,51 @@ def evaluate_pipeline(
     if alone and reference is None:
         raise ConfigError("a network alone draws nothing: give the pipeline it belongs to as the reference")
     if alone:
-        network = model if isinstance(model, nn.Module) else load_model(model)
-        reference = _pipeline(reference, device)
+        network: Any = model if isinstance(model, nn.Module) else load_model(model, dtype=dtype or torch.float32)
+        reference = _pipeline(reference, device, network.dtype)
         model = with_network(reference, network)
-    ours = _Side(_pipeline(model, device), seed)
-    labels = tuple(class_labels) or _labels(ours.pipeline, reader)
+    ours = _pipeline(model, device, dtype)
+    labels = tuple(class_labels) or _labels(ours, reader)
     asked = Drawing(steps=steps, guidance=guidance, class_labels=labels, prompts=tuple(prompts))
-    asked.check(ours.pipeline)
-    began, peak, peak_bytes = time.perf_counter(), Peak(ours.pipeline.device), 0
+    asked.check(ours)
+    log, done = None if resume is None else Path(resume), list[dict[str, Any]]()
+    if log is not None:
+        pieces = (ours, reference, None if reader is None else reader.model)
+        key = [_identity(piece) for piece in pieces]
+        done = resumed(log, {"of": key, "asked": repr(asked), "images": images, "batch": batch_size, "seed": seed})
+    began, peak = time.perf_counter(), Peak(ours.device)
     loaded = reference is not None and not isinstance(reference, str | Path)
-    theirs: _Side | None = None
-    errors: dict[float, _Errors] = {}
-    for start in track(range(0, images, batch_size), description="drawing", enabled=progress):
+    theirs: Any = None
+    starts = range(len(done) * batch_size, images, batch_size)
+    for start in track(starts, description="drawing", enabled=progress):
         numbers = range(start, min(start + batch_size, images))
-        calls = ours.draw(asked, numbers)
-        peak_bytes = max(peak_bytes, peak.bytes()) if theirs is None or loaded else peak_bytes
+        noise = [seed + i for i in numbers]
+        mine = _draw(ours, asked, numbers, noise)
+        held = peak.bytes() if theirs is None or loaded else 0
+        full, beside = None, None
         if reference is not None:
-            theirs = theirs or _Side(_pipeline(reference, device), seed)
-            theirs.draw(asked, numbers, _Beside(backbone(ours.pipeline), calls, errors))
-        for call in calls:
-            errors.setdefault(call.timestep, _Errors())
-    ledgers = [count_bits(c) for c in ours.pipeline.components.values() if isinstance(c, nn.Module)]
+            theirs = theirs or _pipeline(reference, device, dtype or ours.dtype)
+            beside = _Beside(backbone(ours), mine.calls)
+            full = _draw(theirs, asked, numbers, noise, beside)
+        done.append(
+            {
+                "ours": mine.kept(reader),
+                "theirs": None if full is None else full.kept(reader),
+                "steps": beside.sums if beside else [[c.timestep] for c in mine.calls],
+                "squares": None if full is None else squared_errors(mine.pictures, full.pictures).tolist(),
+                "peak": held,
+                "seconds": time.perf_counter() - began,
+            }
+        )
+        began = time.perf_counter()
+        if log is not None:
+            append(log, done[-1])
+    ledgers = [count_bits(c) for c in ours.components.values() if isinstance(c, nn.Module)]
     weights = sum(ledger.weights for ledger in ledgers)
+    drawn = asked.labels(range(images))
     return PipelineEvaluation(
-        timesteps=tuple(errors),
-        **_distances(ours, theirs, list(errors.values())),
-        **_readings(reader, asked, ours, theirs, real),
+        **distances(done),
+        **readings(done, drawn, None if reader is None or real is None else reader.read(real)[1]),
         images=images,
         steps=steps,
         guidance=guidance,
@@ -129,126 +146,106 @@ def evaluate_pipeline(
         bits_per_weight=sum(ledger.weight_bits for ledger in ledgers) / weights if weights else None,
         stored_bytes=sum(ledger.bytes for ledger in ledgers),
         bytes_on_disk=None if folder is None else bytes_on_disk(folder),
-        peak_bytes=peak_bytes,
+        peak_bytes=max(batch["peak"] for batch in done),
         peak_holds="the pipeline and the reference" if loaded else "the pipeline",
-        seconds_per_image=statistics.median(ours.seconds),
-        reference_seconds_per_image=statistics.median(theirs.seconds) if theirs else None,
+        seconds_per_image=per_image(done, "ours"),
+        reference_seconds_per_image=None if reference is None else per_image(done, "theirs"),
         batch_size=batch_size,
-        device=device_name(ours.pipeline.device),
-        dtype=str(ours.pipeline.dtype).removeprefix("torch."),
-        seconds=time.perf_counter() - began,
+        device=device_name(ours.device),
+        dtype=str(ours.dtype).removeprefix("torch."),
+        seconds=sum(batch["seconds"] for batch in done),
         command=command or f"hf_quant.measure.evaluate_pipeline.evaluate_pipeline(..., images={images}, steps={steps})",
     )
 
 
-@dataclass
-class _Errors:
-    """Sums of squares at a timestep: of the answers' difference, of full precision's answer, of the difference in x."""
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A batch of pictures of one pipeline, what its network was called with, and seconds a picture."""
 
-    noise: float = 0.0
-    signal: float = 0.0
-    drift: float = 0.0
-    values: int = 0
-
-
-@dataclass
-class _Side:
-    """One of the two pipelines: what it drew, and seconds a picture of each batch."""
-
-    pipeline: Any
-    seed: int
-    pictures: list[Tensor] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def draw(self, asked: Drawing, numbers: Sequence[int], beside: "_Beside | None" = None) -> list[Call]:
-        """Draw these pictures; the calls of its network. `beside` sees each, and its time is not counted."""
-        noise = [torch.Generator().manual_seed(self.seed + i) for i in numbers]
-        calls: list[Call] = []
-        began = _now(self.pipeline.device)
-        with watched(backbone(self.pipeline), beside or calls.append), quiet(self.pipeline):
-            self.pictures.append(asked.draw(self.pipeline, numbers, noise))
-        spent = _now(self.pipeline.device) - began - (beside.seconds if beside else 0)
-        self.seconds.append(spent / len(numbers))
-        return calls
-
-
-@dataclass
-class _Beside:
-    """Calls the quantized network with what full precision meets, and adds up how its answers differ."""
-
-    network: nn.Module
+    pictures: Tensor
     calls: list[Call]
-    errors: dict[float, _Errors]
-    seen: int = 0
-    seconds: float = 0.0
+    seconds: float
+
+    def kept(self, reader: Classifier | None) -> dict[str, Any]:
+        """What stays of it, JSON-safe."""
+        classes, features = (None, None) if reader is None else (v.tolist() for v in reader.read(self.pictures))
+        return {"seconds": self.seconds, "classes": classes, "features": features}
+
+
+def _draw(
+    pipeline: Any,  # noqa: ANN401
+    asked: Drawing,
+    numbers: Sequence[int],
+    noise: Sequence[int],
+    beside: "_Beside | None" = None,
+) -> _Drawn:
+    """Draw these pictures. `beside` sees each call, and its time is not counted."""
+    generators = [torch.Generator().manual_seed(i) for i in noise]
+    calls: list[Call] = []
+    began = _now(pipeline.device)
+    with watched(backbone(pipeline), beside or calls.append), quiet(pipeline):
+        pictures = asked.draw(pipeline, numbers, generators)
+    spent = _now(pipeline.device) - began - (beside.seconds if beside else 0)
+    return _Drawn(pictures, calls, spent / len(numbers))
+
+
+class _Beside:
+    """Calls the quantized network with what full precision meets, and adds up how its answers differ.
+
+    Attributes:
+        sums: for each call `[t, |e - e_q|^2, |e|^2, |x - x_q|^2, values]`, see `drawn.distances`.
+    """
+
+    def __init__(self, network: nn.Module, calls: list[Call]) -> None:
+        self.network, self.calls = network, calls
+        self.sums: list[list[float]] = []
+        self.seconds = 0.0
 
     def __call__(self, call: Call) -> None:
         """A call of full precision's network."""
-        device = call.answer.device
+        device, seen = call.answer.device, len(self.sums)
         began = _now(device)
-        sums = self.errors.setdefault(call.timestep, _Errors())
         wanted = call.answer.double()
         with answering([self.network]):
-            answer = answer_of(self.network(**call.arguments))
-        sums.noise += float((answer - wanted).square().sum())
-        sums.signal += float(wanted.square().sum())
-        if self.seen >= len(self.calls) or self.calls[self.seen].sample.shape != call.sample.shape:
+            answer = answer_of(self.network(**_cast(call.arguments, self.network)))
+        if seen >= len(self.calls) or self.calls[seen].sample.shape != call.sample.shape:
             raise UnsupportedModel(
                 "the reference is another pipeline: its network is called otherwise than the model's"
             )
-        sums.drift += float((self.calls[self.seen].sample.double() - call.sample.double()).square().sum())
-        sums.values += call.sample.numel()
-        self.seen += 1
+        drift = float((self.calls[seen].sample.double() - call.sample.double()).square().sum())
+        noise, signal = float((answer - wanted).square().sum()), float(wanted.square().sum())
+        self.sums.append([call.timestep, noise, signal, drift, call.sample.numel()])
         self.seconds += _now(device) - began
 
 
-def _distances(ours: _Side, theirs: _Side | None, errors: list[_Errors]) -> dict[str, Any]:
-    if theirs is None:
-        return dict.fromkeys(("sqnr", "trajectory", "picture_mse", "psnr", "psnr_error"))
-    x, y = torch.cat(ours.pictures), torch.cat(theirs.pictures)
-    decibels_B = psnr(x, y)
+def _cast(arguments: dict[str, Any], network: nn.Module) -> dict[str, Any]:
+    """A sample and its conditions in the network's own type; the timestep stays what it is."""
+    kind = getattr(network, "dtype", torch.float32)
     return {
-        "sqnr": tuple(float(decibels(torch.tensor(e.noise / max(e.signal, 1e-300)))) for e in errors),
-        "trajectory": tuple(e.drift / e.values for e in errors),
-        "picture_mse": float((x.double() - y.double()).square().mean()),
-        "psnr": float(decibels_B.mean()),
-        "psnr_error": float(decibels_B.std()) / math.sqrt(len(x)) if len(x) > 1 else None,
+        name: value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 else value
+        for name, value in arguments.items()
     }
 
 
-def _readings(
-    reader: Classifier | None, asked: Drawing, ours: _Side, theirs: _Side | None, real: Tensor | None
-) -> dict[str, Any]:
-    found: dict[str, Any] = dict.fromkeys(READINGS)
-    if reader is None:
-        return found
-    mine, features = reader.read(torch.cat(ours.pictures))
-    drawn = asked.labels(range(len(mine)))
-    labels = None if drawn is None else torch.tensor(drawn)
-    if labels is not None:
-        found["accuracy"] = _percent(mine == labels)
-    data = None if real is None else reader.read(real)[1]
-    if data is not None:
-        found["frechet_to_data"] = frechet_distance(features, data)
-    if theirs is None:
-        return found
-    full, reference_features = reader.read(torch.cat(theirs.pictures))
-    found["agreement"] = _percent(mine == full)
-    found["frechet_to_reference"] = frechet_distance(features, reference_features) if len(mine) > 1 else None
-    if labels is not None:
-        found["reference_accuracy"] = _percent(full == labels)
-    if data is not None:
-        found["reference_frechet_to_data"] = frechet_distance(reference_features, data)
-    return found
+def _identity(given: Any) -> str | list[str] | None:  # noqa: ANN401  a pipeline, a network, a path, nothing
+    if given is None:
+        return None
+    if isinstance(given, nn.Module):
+        return identity(given)
+    if not isinstance(given, str | Path):
+        return [identity(c) for c in given.components.values() if isinstance(c, nn.Module)]
+    files = sorted(Path(given).rglob("*.safetensors"))
+    return [_digest(f) for f in files] or str(given)
 
 
-def _percent(right_B: Tensor) -> float:
-    return 100 * float(right_B.double().mean())
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
-def _pipeline(given: Any, device: torch.device | str | None) -> Any:  # noqa: ANN401
+def _pipeline(given: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:  # noqa: ANN401
     if isinstance(given, str | Path):
-        return load_pipeline(given, device)
+        return load_pipeline(given, device, dtype)
     if not hasattr(given, "components"):
         raise UnsupportedModel(f"{type(given).__name__} is no pipeline of diffusers")
     return given if device is None else given.to(device)

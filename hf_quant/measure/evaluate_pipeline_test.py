@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.cli.app import app
+from hf_quant.cli.evaluate_pipeline import classifier_beside
 from hf_quant.diffusion.drawing_test import noise, small_dit, unet_pipeline
 from hf_quant.diffusion.loading_pipeline import load_pipeline
-from hf_quant.errors import CheckpointError, ConfigError, HfQuantError, UnsupportedModel
+from hf_quant.errors import CheckpointError, ConfigError, HfQuantError, RunError, UnsupportedModel
 from hf_quant.measure.evaluate_pipeline import evaluate_pipeline
 from hf_quant.measure.evaluation import PipelineEvaluation
 from hf_quant.testing.bench import EXAMPLES
@@ -122,6 +123,76 @@ def test_pipelines_by_class() -> None:
     assert found.data == 3
 
 
+class Stop(Exception):
+    """A killed run."""
+
+
+def quality(found: PipelineEvaluation) -> dict[str, Any]:
+    times = ("seconds", "seconds_per_image", "reference_seconds_per_image", "peak_bytes")
+    return {name: value for name, value in found.to_json().items() if name not in times}
+
+
+def test_a_killed_measurement_goes_on(
+    saved: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_quant.measure import batch_log
+    from hf_quant.measure import evaluate_pipeline as module
+
+    full, four = saved
+    log = tmp_path / "log"
+    asked: dict[str, Any] = {**SMALL, "images": 5, "classifier": VIT, "data": torch.rand(3, 8, 8, 1)}
+    whole = evaluate_pipeline(four, full, **asked)
+
+    def once(log: Path, batch: dict[str, Any]) -> None:
+        batch_log.append(log, batch)
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "append", once)
+        with pytest.raises(Stop):
+            evaluate_pipeline(four, full, resume=log, **asked)
+    assert len(log.read_bytes().splitlines()) == 2  # the key and a batch
+    with log.open("ab") as file:
+        file.write(b'{"ours": {"sec')  # a second batch, cut off
+    drawn = []
+    counted = module._draw
+    monkeypatch.setattr(module, "_draw", lambda *args: (drawn.append(args[2]), counted(*args))[1])
+    assert quality(evaluate_pipeline(four, full, resume=log, **asked)) == quality(whole)
+    assert drawn == [range(2, 4), range(2, 4), range(4, 5), range(4, 5)]
+    for other in ({"seed": 3}, {"steps": 3}, {"reference": four}, {"classifier": None, "data": None}):
+        with pytest.raises(RunError, match="another evaluation"):
+            evaluate_pipeline(**{"model": four, "reference": full, "resume": log, **asked, **other})
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_any_type(saved: tuple[Path, Path], tmp_path: Path, kind: torch.dtype) -> None:
+    """Files of any type compute in float32 unless asked; half a precision costs what it costs."""
+    full, four = saved
+    whole = load_pipeline(full)
+    whole.to(kind).save_pretrained(tmp_path / "half")
+    half = rounded(load_pipeline(full, dtype=kind))
+    half.save_pretrained(tmp_path / "half-four")
+    stored = evaluate_pipeline(tmp_path / "half-four", full, **SMALL)
+    assert stored.dtype == "float32"
+    usual = evaluate_pipeline(four, full, **SMALL)
+    assert stored.psnr == pytest.approx(usual.psnr, abs=1.5)
+    computed = evaluate_pipeline(tmp_path / "half-four", full, dtype=kind, **SMALL)
+    assert computed.dtype == str(kind).removeprefix("torch.")
+    assert computed.psnr == pytest.approx(usual.psnr, abs=3)
+    mixed = evaluate_pipeline(load_pipeline(tmp_path / "half", dtype=kind), load_pipeline(full), **SMALL)
+    assert min(mixed.sqnr) > 25
+
+
+def test_the_classifier_beside_a_pipeline(tmp_path: Path) -> None:
+    assert classifier_beside(str(UNET)) == VIT.resolve()
+    assert classifier_beside(str(tmp_path), "someone/on-the-hub", None) is None
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"architectures": ["ViTForImageClassification"]}')
+    (tmp_path / "pipeline").mkdir()
+    assert classifier_beside(str(tmp_path / "pipeline")) is None, "which of the two?"
+
+
 def test_refusals(saved: tuple[Path, Path], tmp_path: Path) -> None:
     full, four = saved
     wrong: list[tuple[type[HfQuantError], str, dict[str, Any]]] = [
@@ -166,8 +237,11 @@ def test_command(saved: tuple[Path, Path], tmp_path: Path) -> None:
     people = CliRunner().invoke(app, words, catch_exceptions=False).stdout
     assert f"{found.psnr:.2f} dB" in people
     assert "seconds per image" in people
+    log = ["--resume", str(tmp_path / "log"), "--json"]
+    once, twice = (CliRunner().invoke(app, [*words, *log], catch_exceptions=False) for _ in range(2))
+    assert once.stdout == twice.stdout, "nothing was left to draw"
     for more, message in (
-        (["--resume", "x"], "--resume"),
+        (["--dtype", "int8"], "bfloat16 or float16"),
         (["--prompts", str(tmp_path / "none.txt")], "cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -24,9 +24,14 @@ def decibels(noise: Tensor) -> Tensor:
     return -10 * noise.double().clamp_min(LEAST).log10()
 
 
+def squared_errors(pictures_BHWC: Tensor, reference_BHWC: Tensor) -> Tensor:
+    """`[B]`, the mean over a picture's values."""
+    return (pictures_BHWC.double() - reference_BHWC.double()).square().flatten(1).mean(1)
+
+
 def psnr(pictures_BHWC: Tensor, reference_BHWC: Tensor) -> Tensor:
     """`[B]` in dB."""
-    return decibels((pictures_BHWC.double() - reference_BHWC.double()).square().flatten(1).mean(1))
+    return decibels(squared_errors(pictures_BHWC, reference_BHWC))
 
 
 def frechet_distance(x_BF: Tensor, y_BF: Tensor) -> float:
