@@ -20,6 +20,16 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) for p in patterns)
 
 
+def unreached(globs: Sequence[str]) -> str:
+    """What to tell who calibrates with data that misses these sites."""
+    named = ", ".join(f'"{g}"' for g in globs)
+    return (
+        f"no calibration token ever reached {', '.join(globs)}. Use more or other calibration data (for a vision "
+        f"tower: batches with images), keep these layers in full precision with skip=[{named}], or, unless their "
+        f"inputs have a static range, round them to nearest with allow=[{named}]"
+    )
+
+
 def ties(model: nn.Module) -> dict[str, str]:
     """Module -> embedding, for every linear layer and every other embedding that shares an embedding's weight."""
     found = {}

@@ -295,9 +295,7 @@ def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., l
     weight_op = torch.library.custom_op(
         name + "_weight", weight, mutates_args=(), schema="(Tensor[] tensors, str layer, ScalarType dtype) -> Tensor"
     )
-    weight_op.register_fake(
-        lambda tensors, layer, dtype: tensors[0].new_empty(Layer.from_key(layer).shape, dtype=dtype)
-    )
+    weight_op.register_fake(lambda held, layer, dtype: held[0].new_empty(Layer.from_key(layer).shape, dtype=dtype))
 
     op = torch.library.custom_op(
         name,
@@ -319,9 +317,8 @@ def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., l
         named = dict(zip(names(ctx.layer, ctx.kernel), tensors, strict=True))
         named |= fmt.restore(blob, Layer.from_key(ctx.layer), ctx.kernel)
         grad_TK = grad_TN @ weight_op([named[n] for n in sorted(named)], ctx.layer, grad_TN.dtype)
-        size, seed = ctx.rotation
-        if size:
-            grad_TK = torch.ops.hf_quant.hadamard(grad_TK, size, seed, True)
+        if ctx.rotation[0]:
+            grad_TK = torch.ops.hf_quant.hadamard(grad_TK, *ctx.rotation, True)
         branch = (None, None) if a is None else (grad_TN @ up, grad_TN.T @ a)
         return grad_TK, [None] * len(tensors), [None] * len(blob), None, None, *branch, None, None, None
 

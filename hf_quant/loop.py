@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.capture import Recording, collect, record, run_model
-from hf_quant.coverage import matches
+from hf_quant.coverage import matches, unreached
 from hf_quant.diffusion.features import Features, features_of, store_features
 from hf_quant.diffusion.timesteps import Timed
 from hf_quant.errors import CalibrationError
@@ -115,7 +115,7 @@ class Loop:
         planned = {p.site.name: p for p in self.plan.sites.values() if p.recipe.needs or p.recipe.tuner}
         missed = [n for n, p in planned.items() if n not in reached and not self._excused(p)]
         if missed:
-            raise CalibrationError(_unreached(covering(missed, planned)))
+            raise CalibrationError(unreached(covering(missed, planned)))
 
     def _excused(self, plan: SitePlan) -> bool:
         """Whether the user allows nearest rounding; a static range of inputs nobody saw cannot be allowed."""
@@ -218,7 +218,7 @@ class Loop:
         site, stats = plan.site, self._with_gradients([plan], stats)
         missed = stats is None and bool(plan.recipe.needs)
         if missed and not self._excused(plan):
-            raise CalibrationError(_unreached([site.name]))
+            raise CalibrationError(unreached([site.name]))
         module = self.model.get_submodule(site.name)
         solved: Solved = solve(plan, float_weight(module, site), stats, split)
         layer = install(self.model, plan, solved)
@@ -339,15 +339,6 @@ class Loop:
 
     def _track(self, blocks: Sequence[str]) -> Iterator[str]:
         return track(blocks, description="quantizing", total=len(blocks), enabled=self.job.progress)
-
-
-def _unreached(globs: Sequence[str]) -> str:
-    named = ", ".join(f'"{g}"' for g in globs)
-    return (
-        f"no calibration token ever reached {', '.join(globs)}. Use more or other calibration data (for a vision "
-        f"tower: batches with images), keep these layers in full precision with skip=[{named}], or, unless their "
-        f"inputs have a static range, round them to nearest with allow=[{named}]"
-    )
 
 
 def _paths(waves: Sequence[Sequence[SiteGroup]], block: str) -> list[str]:

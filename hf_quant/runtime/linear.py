@@ -9,46 +9,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_quant.errors import ConfigError
-from hf_quant.formats import Around, Layer, PackedFormat, choose_kernel, format_named
+from hf_quant.formats import Around, Layer, PackedFormat, choose_kernel
 from hf_quant.hadamard import Hadamard
 from hf_quant.operators import need_operator
 from hf_quant.qtensor import QTensor
+from hf_quant.runtime import described
 from hf_quant.runtime.activation import pack_input, round_by_entry, timed
 from hf_quant.runtime.branches import (
     Branch,
     CodedLowRank,
     Constant,
     Sparse,
-    check_sparse,
-    column_type,
-    factor_format,
     factor_layers,
     merged,
     sparse_linear,
 )
 from hf_quant.runtime.clock import Clock
 from hf_quant.runtime.layouts import expect
-from hf_quant.runtime.packed import Packed, frozen, local
+from hf_quant.runtime.packed import frozen, local
+from hf_quant.runtime.terms import SPARSE, WithTerms
 from hf_quant.sites import Kind
 from hf_quant.spec import Spec
 
-SPARSE = ("sparse_starts", "sparse_columns", "sparse_values")
-FIELDS = {
-    "format",
-    "weights",
-    "inputs",
-    "rank",
-    "rank_weights",
-    "pre_scale",
-    "sparse",
-    "rotation",
-    "shift",
-    "offset",
-    "steps",
-}  # of a description
 
-
-class QuantLinear(Packed, nn.Linear):
+class QuantLinear(WithTerms, nn.Linear):
     """`y = q(z + t) Q^T + (z down^T) up^T + z S^T + o + b` with `z = (s x) R`, and Q packed `[N, K]`.
 
     `s` (`pre_scale` `[K]`), the rotation R, `t` (`shift` `[K]`), the low-rank branch (`lr_down` `[R, K]`, `lr_up`
@@ -60,17 +44,7 @@ class QuantLinear(Packed, nn.Linear):
     """
 
     kind: Kind
-    rotation: Hadamard | None
-    pre_scale: nn.Parameter | None
-    shift: nn.Parameter | None
-    offset: nn.Parameter | None
-    lr_down: nn.Parameter | None
-    lr_up: nn.Parameter | None
-    sparse_starts: nn.Parameter | None
-    sparse_columns: nn.Parameter | None
-    sparse_values: nn.Parameter | None
     clock: Clock | None
-    factors: dict[str, Layer]  # of a coded low-rank branch, by the start of their parameters' names
     _fuses: frozenset[str] = frozenset()  # what of `Around` the chosen kernel takes on
 
     def __init__(
@@ -174,20 +148,7 @@ class QuantLinear(Packed, nn.Linear):
 
     def describe(self) -> dict[str, Any]:
         """All that `from_json` needs besides shape and bias, JSON-safe."""
-        inputs = self.layer.inputs
-        return {
-            "format": self.format.id,
-            "weights": self.layer.weights.to_json(),
-            "inputs": None if inputs is None else inputs.to_json(),
-            "rank": self.rank,
-            "pre_scale": self.pre_scale is not None,
-            **({"rank_weights": self.factors["lr_up"].weights.to_json()} if self.factors else {}),
-            **({} if self.sparse_columns is None else {"sparse": len(self.sparse_columns)}),
-            **({} if self.rotation is None else {"rotation": self.rotation.to_json()}),
-            **({} if self.shift is None else {"shift": True}),
-            **({} if self.offset is None else {"offset": True}),
-            **({} if self.clock is None else {"steps": list(self.clock.steps)}),
-        }
+        return described.describe(self)
 
     @classmethod
     def from_json(
@@ -199,64 +160,7 @@ class QuantLinear(Packed, nn.Linear):
             CheckpointError: a format that is not known here.
             ConfigError: a spec or rank that is not valid.
         """
-        if unknown := set(data) - FIELDS:
-            raise ConfigError(f"{sorted(unknown)} are not known here; a newer hf-quant may be needed")
-        fmt = format_named(data["format"])
-        inputs = None if data["inputs"] is None else Spec.from_json(data["inputs"])
-        layer = Layer(shape, Spec.from_json(data["weights"]), inputs)
-        (n, k), rank, entries = shape, data["rank"], data.get("sparse", 0)
-        if not isinstance(rank, int) or not 0 <= rank <= max(n, k):
-            raise ConfigError(f"rank={rank!r}: a low-rank branch of a [{n}, {k}] matrix has 0 to {max(n, k)} terms")
-        if not isinstance(entries, int) or not 0 <= entries <= n * k:
-            raise ConfigError(f"sparse={entries!r}: a sparse branch of a [{n}, {k}] matrix has 0 to {n * k} entries")
-        rotation = None if data.get("rotation") is None else Hadamard.from_json(data["rotation"])
-        if rotation is not None and (reason := rotation.refuses(k)):
-            raise ConfigError(f"rotation: {reason}")
-
-        def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(size, dtype=dtype, device="meta")
-
-        clock = Clock(data["steps"]) if timed(inputs) else None
-        if clock is not None and inputs is not None and len(clock.steps) != inputs.entries:
-            raise ConfigError(f"{len(clock.steps)} steps for a table of {inputs.entries} entries")
-
-        indices = empty(n + 1, dtype=torch.int32), empty(entries, dtype=column_type(k))
-        coded = None
-        if data.get("rank_weights") is not None:
-            factors = factor_layers(shape, rank, Spec.from_json(data["rank_weights"]))
-            if reason := next((r for f in factors.values() if (r := factor_format().holds(f))), None):
-                raise ConfigError(f"rank_weights: {reason}")
-            layouts = {n: factor_format().weight_layout(f) for n, f in factors.items()}
-            coded = (
-                factors,
-                {
-                    f"{n}_{key}": empty(*size, dtype=dtype if kind.is_floating_point else kind)
-                    for n, layout in layouts.items()
-                    for key, (size, kind) in layout.items()
-                },
-            )
-        return cls(
-            fmt,
-            layer,
-            {name: torch.empty(s, dtype=d, device="meta") for name, (s, d) in fmt.layout(layer).items()},
-            dtype=dtype,
-            kind=kind,
-            bias=empty(n) if bias else None,
-            pre_scale=empty(k) if data["pre_scale"] else None,
-            lr_down=empty(rank, k) if rank and coded is None else None,
-            lr_up=empty(n, rank) if rank and coded is None else None,
-            coded=coded,
-            sparse=Sparse(*indices, empty(entries), k) if entries else None,
-            rotation=rotation,
-            shift=empty(k) if data.get("shift") else None,
-            offset=empty(n) if data.get("offset") else None,
-            clock=clock,
-        )
-
-    def check_branches(self) -> str | None:
-        """None when the indices of a loaded sparse branch stay inside the matrix, else what is wrong."""
-        sparse = self.sparse
-        return None if sparse is None else check_sparse(sparse.starts, sparse.columns, self.in_features)
+        return described.empty(cls, data, shape, kind=kind, bias=bias, dtype=dtype)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -307,83 +211,6 @@ class QuantLinear(Packed, nn.Linear):
         if not timed(self.layer.inputs) or "entry_T" in fuses:
             return tensors
         return {n: t for n, t in tensors.items() if not n.startswith("input_")}
-
-    @property
-    def sparse(self) -> Sparse | None:
-        """The sparse term, if there is one."""
-        if self.sparse_starts is None or self.sparse_columns is None or self.sparse_values is None:
-            return None
-        return Sparse(self.sparse_starts, self.sparse_columns, self.sparse_values, self.in_features)
-
-    @property
-    def rank(self) -> int:
-        """Of the low-rank branch; 0 without one."""
-        if self.factors:
-            return self.factors["lr_down"].shape[0]
-        return 0 if self.lr_down is None else self.lr_down.shape[0]
-
-    def low_rank(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """`(down_RK, up_NR)` in `dtype`, if there is a low-rank branch."""
-        if self.factors:
-            down, up = (self._factor(name, dtype) for name in ("lr_down", "lr_up"))
-            return down, up
-        if self.lr_down is None or self.lr_up is None:
-            return None
-        return self.lr_down.to(dtype), self.lr_up.to(dtype)
-
-    def _factor(self, name: str, dtype: torch.dtype) -> Tensor:
-        tensors = [getattr(self, f"{name}_qweight"), getattr(self, f"{name}_scale")]
-        factor: Tensor = torch.ops.hf_quant.int_group_1_weight(tensors, self.factors[name].key, dtype)
-        return factor
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The logical weight `(Q + up down + S) R^T diag(s)`, computed in float32."""
-        if not self.rank and all(extra is None for extra in (self.sparse, self.pre_scale, self.rotation)):
-            return super().dequantize(dtype)
-        W_NK = super().dequantize(torch.float32)
-        if (low := self.low_rank(torch.float32)) is not None:
-            W_NK = W_NK + low[1] @ low[0]
-        if self.sparse is not None:
-            W_NK = W_NK + self.sparse.matrix()
-        W_NK = self._rotate(W_NK, inverse=True)
-        if self.pre_scale is not None:
-            W_NK = W_NK * self.pre_scale.float()
-        return W_NK.to(dtype or self.compute_dtype)
-
-    def _without_extras(self, W_NK: Tensor) -> Tensor:
-        if self.pre_scale is not None:
-            W_NK = W_NK.float() / self.pre_scale.float()
-        W_NK = self._rotate(W_NK)
-        if (low := self.low_rank(torch.float32)) is not None:
-            W_NK = W_NK.float() - low[1] @ low[0]
-        if self.sparse is not None:
-            W_NK = W_NK.float() - self.sparse.matrix()
-        return W_NK
-
-    def _rotate(self, x: Tensor, *, inverse: bool = False) -> Tensor:
-        """`x R` (or `x R^T`), in x's type."""
-        if self.rotation is None:
-            return x
-        rotated: Tensor = torch.ops.hf_quant.hadamard(x, self.rotation.size, self.rotation.seed, inverse)
-        return rotated
-
-    def plain_bias(self) -> Tensor | None:
-        """The bias of a dense layer with the logical weight: `b + o + Q t`, float32; None when there is nothing."""
-        total = torch.zeros(self.out_features, device=local(self.qweight).device)
-        if self.shift is not None:
-            total = total + Packed.dequantize(self, torch.float32) @ self.shift.float()
-        for part in (self.offset, self.bias):
-            total = total if part is None else total + part.float()
-        return None if self.bias is None and self.offset is None else total
-
-    @torch.no_grad()
-    def requantize_(self, W_NK: Tensor) -> None:
-        """See `Packed.requantize_`; what the shift does is taken out of the new codes' output as well."""
-        before = None if self.shift is None else Packed.dequantize(self, torch.float32) @ self.shift.float()
-        super().requantize_(W_NK)
-        if self.shift is not None and self.offset is not None and before is not None:
-            after = Packed.dequantize(self, torch.float32) @ self.shift.float()
-            self.offset.copy_(self.offset.float() + before - after)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K] -> [..., N]` in the type of x (of autocast, where it is on)."""
