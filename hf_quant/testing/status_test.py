@@ -7,7 +7,7 @@ import pytest
 
 from hf_quant.method import Paper, list_methods
 from hf_quant.testing import Claims
-from hf_quant.testing.status import PAGE, Known, catalogue, current, drop_orphans, kept_claims, page
+from hf_quant.testing.status import PAGE, Known, catalogue, current, drop_orphans, kept_claims, page, unmeasured
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,19 @@ def test_claims_whose_test_or_method_is_gone_are_dropped(tmp_path: Path) -> None
     assert {m: [c.statement for c in of] for m, of in left.items()} == {
         "gptq": ["of nobody knows which", "of test_kept[3]"]
     }
+
+
+def test_claims_that_were_never_measured_are_told(tmp_path: Path) -> None:
+    (tmp_path / "plugins").mkdir()
+    tests = (
+        "def test_kept(judge, claims): ...\ndef test_waits(claims): ...\ndef test_else(judge): ...\ndef of(claims): ..."
+    )
+    (tmp_path / "plugins" / "a_test.py").write_text(tests)
+    Claims(tmp_path / "proof" / "claims", "plugins/a_test.py::test_kept[3]").invariant("gptq", "holds", True)
+    waiting = unmeasured(tmp_path / "proof")
+    assert waiting == ["plugins/a_test.py::test_waits"]
+    assert "## Not measured yet" not in page({}, {}, ())
+    assert page({}, {}, (), waiting).endswith("\n- `plugins/a_test.py::test_waits`\n")
 
 
 def test_ids_are_listed_once() -> None:
