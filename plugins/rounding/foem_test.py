@@ -76,6 +76,6 @@ def test_at_three_bits_the_claim_does_not_reproduce(judge, claims) -> None:  # t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("beta", "reproduced"), [(0.05, True), (0.1, True)])
+@pytest.mark.parametrize(("beta", "reproduced"), [(0.05, False), (0.1, True)])
 def test_smaller_betas(judge, claims, beta: float, reproduced: bool) -> None:  # type: ignore[no-untyped-def]
     compare(judge, claims, 3, beta, reproduced)
