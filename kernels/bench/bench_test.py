@@ -12,6 +12,7 @@ import torch
 
 from hf_quant.kernels.bench import cpu, decoding, linear, run, tables
 from hf_quant.kernels.bench.contenders import CONTENDERS, Contender
+from hf_quant.kernels.bench.cpu_peers import PEERS, Peer
 from hf_quant.kernels.bench.timing import interleaved
 
 CPU = torch.device("cpu")
@@ -85,13 +86,21 @@ def test_a_packed_model_is_as_small_as_the_project_asks() -> None:
 
 
 def test_every_layer_is_measured_on_cpu() -> None:
-    result = cpu.measure((32, 64), (1, 5), seconds=0)
+    broken = Peer("broken", 4, 8, fails), Peer("another", 8, 8, lambda W: lambda x: lambda: x @ W.bfloat16().T * 2)
+    own = [p for p in PEERS if p.name.startswith("torch ")]
+    result = cpu.measure((64, 256), (1, 5), seconds=0, peers=[*own, *broken])
+    assert list(result["peers"]) == [p.name for p in own]
+    assert result["absent"] == {"broken": "ImportError: no such library", "another": "another product: error 1.00"}
     times = result["milliseconds"]
     assert all(list(row) == ["1", "5"] and min(row.values()) > 0 for row in times.values())
     assert {f"{name}: {cpu.REFERENCE}" for name in cpu.LAYERS} < set(times)
     assert {f"W{bits} g64: {cpu.RUNS}" for bits in (2, 3)} < set(times)
     ratio = times[f"W2 g64: {cpu.REFERENCE}"]["5"] / times[f"W2 g64: {cpu.RUNS}"]["5"]
-    assert f"{ratio:.2f} |" in tables.cpu_figures(result)
+    text = tables.cpu_figures(result)
+    assert f"{ratio:.2f} |" in text
+    ratio = times[cpu.DENSE]["5"] / times["torch _weight_int8pack_mm"]["5"]
+    assert f"{ratio:.2f} |" in text.split("| torch _weight_int8pack_mm | 16 |")[1].splitlines()[0]
+    assert "broken (ImportError" in text
 
 
 def test_contenders_take_turns() -> None:

@@ -1,16 +1,17 @@
-"""Processor time of quantized linear layers on CPU, one thread, bfloat16, beside torch's own product.
+"""Processor time of quantized linear layers on CPU, one thread, beside torch's bfloat16 and other libraries.
 
 `python -m hf_quant.kernels.bench.cpu 2048 2048 > kernels/bench/cpu.json`: milliseconds by layer, path and number of
 tokens. All take turns in one process; processor time, and the least of many calls, because a busy machine does not
-spoil these.
+spoil these. Other libraries (`cpu_peers.py`) take part where they can be imported.
 """
 
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,14 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.formats import Layer, choose_kernel, format_named
-from hf_quant.grids import E4M3, FloatGrid, LevelGrid, MiniFloatGrid
+from hf_quant.grids import E4M3, CodebookGrid, FloatGrid, LevelGrid, MiniFloatGrid
 from hf_quant.kernels.bench.contenders import random_weight
+from hf_quant.kernels.bench.cpu_peers import PEERS, Bind, Call, Peer
 from hf_quant.kernels.bnb_4bit.format import NF4
+from hf_quant.qtensor import QTensor
 from hf_quant.spec import Spec, act_spec, int_spec
 
 CPU = torch.device("cpu")
 TOKENS = (1, 8, 64, 512)
 DENSE, RUNS, REFERENCE = "bf16 linear", "as it runs", "dequantize and multiply"
+WRONG = 0.25  # relative error of a product that is another product: 4 bits in blocks give 0.1
 LAYERS: dict[str, tuple[str, Spec, Spec | None]] = {
     "W2 g64": ("int-group/1", int_spec(2, 64), None),
     "W3 g64": ("int-group/1", int_spec(3, 64), None),
@@ -35,53 +39,93 @@ LAYERS: dict[str, tuple[str, Spec, Spec | None]] = {
     "FP8 rows": ("float8/1", Spec(grid=E4M3, block=(1, -1)), None),
     "NF4 g64": ("lut-group/1", Spec(grid=LevelGrid(NF4), block=(1, 64)), None),
     "MXFP4": ("lut-group/1", Spec(grid=MiniFloatGrid(2, 1), block=(1, 32), scale=FloatGrid("float8_e8m0fnu")), None),
+    "NVFP4": (
+        "lut-group/1",
+        Spec(grid=MiniFloatGrid(2, 1), block=(1, 16), scale=FloatGrid("float8_e4m3fn"), tensor_scale=True),
+        None,
+    ),
+    "codebook 4, rows": ("codebook-group/1", Spec(grid=CodebookGrid(4), block=(1, -1)), None),
+    "codebook 3, rows": ("codebook-group/1", Spec(grid=CodebookGrid(3), block=(1, -1)), None),
 }
-Product = Callable[[Tensor], Tensor]
 
 
-def paths(shape: tuple[int, int], format_id: str, weights: Spec, inputs: Spec | None) -> dict[str, Product]:
+def paths(shape: tuple[int, int], format_id: str, weights: Spec, inputs: Spec | None) -> dict[str, Bind]:
     """The ways to compute one layer. Without a kernel it runs as the reference, which is not listed twice."""
     fmt, layer = format_named(format_id), Layer(shape, weights, inputs)
-    tensors = fmt.pack(random_weight(shape, weights, CPU))
+    tensors = fmt.pack(_with_codebook(random_weight(shape, weights, CPU)))
     name, _ = choose_kernel(fmt, layer, CPU, torch.bfloat16)
     kernel = next((k for k in fmt.kernels if k.name == name), None)
-    products: dict[str, Product] = {REFERENCE: lambda x: fmt.reference(x, tensors, layer)}
+    products: dict[str, Bind] = {REFERENCE: lambda x: partial(fmt.reference, x, tensors, layer)}
     if kernel is not None:
         blob = kernel.prepare(tensors, layer, torch.bfloat16)
-        products[RUNS] = lambda x: kernel.run(x, tensors, blob, layer)
+        products[RUNS] = lambda x: partial(kernel.run, x, tensors, blob, layer)
     return products
 
 
-def milliseconds(products: dict[str, Product], x_TK: Tensor, seconds: float) -> dict[str, float]:
-    """The least processor time of each product, in turn, at least three rounds."""
+def _with_codebook(q: QTensor) -> QTensor:
+    if not isinstance(q.spec.grid, CodebookGrid):
+        return q
+    levels = torch.randn(*q.spec.blocks(q.shape), 1 << q.spec.grid.bits).bfloat16().float().sort().values
+    return QTensor(q.codes, torch.ones_like(q.scale), None, q.spec, q.shape, codebook=levels)
+
+
+def present(peers: Sequence[Peer], W_NK: Tensor) -> tuple[dict[str, Bind], dict[str, str]]:
+    """(those that compute the product with the weight, why the others are not there)."""
+    found, absent = {}, {}
+    x_TK = torch.randn(8, W_NK.shape[1]).bfloat16()
+    expected = x_TK.float() @ W_NK.T
+    for peer in peers:
+        try:
+            bind = peer.make(W_NK)
+            error = float((torch.as_tensor(bind(x_TK)()).float() - expected).norm() / expected.norm())
+        except Exception as problem:  # whatever is wrong with somebody else's package is told
+            absent[peer.name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:120]
+            continue
+        if error < WRONG:
+            found[peer.name] = bind
+        else:
+            absent[peer.name] = f"another product: error {error:.2f}"
+    return found, absent
+
+
+def milliseconds(calls: dict[str, Call], seconds: float) -> dict[str, float]:
+    """The least processor time of each call, in turn, at least three rounds."""
     best: dict[str, float] = {}
     start, rounds = time.monotonic(), 0
     while rounds < 4 or time.monotonic() - start < seconds:
-        for name, product in products.items():
-            begin = time.thread_time()
-            product(x_TK)
+        for name, call in calls.items():
+            begin = time.process_time()
+            call()
             if rounds:  # the first warms up
-                best[name] = min(best.get(name, 1e9), (time.thread_time() - begin) * 1e3)
+                best[name] = min(best.get(name, 1e9), (time.process_time() - begin) * 1e3)
         rounds += 1
     return {name: round(ms, 3) for name, ms in best.items()}
 
 
-def measure(shape: tuple[int, int], tokens: tuple[int, ...] = TOKENS, seconds: float = 6) -> dict[str, Any]:
-    """All layers, interleaved in one thread."""
+def measure(
+    shape: tuple[int, int], tokens: tuple[int, ...] = TOKENS, seconds: float = 12, peers: Sequence[Peer] = PEERS
+) -> dict[str, Any]:
+    """All layers and all who are there, interleaved in one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    products: dict[str, Product] = {DENSE: partial(F.linear, weight=torch.randn(shape, dtype=torch.bfloat16))}
+    W_NK = torch.randn(shape)
+    dense = W_NK.bfloat16()
+    products: dict[str, Bind] = {DENSE: lambda x: partial(F.linear, x, dense)}
     for title, layer in LAYERS.items():
         products |= {f"{title}: {path}": product for path, product in paths(shape, *layer).items()}
+    others, absent = present(peers, W_NK)
+    products |= others
     rows: dict[str, dict[str, float]] = {name: {} for name in products}
     for count in tokens:
-        x_TK = torch.randn(count, shape[1], dtype=torch.bfloat16)
-        for name, ms in milliseconds(products, x_TK, seconds).items():
+        x_TK = torch.randn(count, shape[1]).bfloat16()
+        for name, ms in milliseconds({name: bind(x_TK) for name, bind in products.items()}, seconds).items():
             rows[name][str(count)] = ms
     torch.set_num_threads(threads)
     used = {"python": platform.python_version(), "torch": torch.__version__}
+    used |= {p.package: version(p.package) for p in peers if p.name in others and p.package is not None}
     machine = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": 1, **used}
-    return {"shape": list(shape), "machine": machine, "milliseconds": rows}
+    bits = {p.name: {"weights": p.weights, "inputs": p.inputs} for p in peers if p.name in others}
+    return {"shape": list(shape), "machine": machine, "peers": bits, "absent": absent, "milliseconds": rows}
 
 
 if __name__ == "__main__":

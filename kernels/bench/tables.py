@@ -71,6 +71,20 @@ def cpu_figures(result: Mapping[str, Any]) -> str:
     ):
         rows = [[n, *(f"{base[n][t] / runs[n][t]:.2f}" for t in dense)] for n in layers]
         parts.append(f"{title}; columns are tokens:\n\n" + _table(["", *dense], rows))
+    peers = result.get("peers", {})
+    for kind, bits in (("bf16", 16), ("8-bit", 8), ("4-bit", 4)):
+        rows = [
+            [n, str(peer["inputs"]), *(f"{dense[t] / ms:.2f}" for t, ms in times[n].items())]
+            for n, peer in peers.items()
+            if peer["weights"] == bits
+        ]
+        if rows:
+            title = (
+                f"Others with {kind} weights, times torch's bf16 product, and the bits that a token's values keep in it"
+            )
+            parts.append(f"{title}:\n\n" + _table(["", "bits", *dense], rows))
+    if result.get("absent"):
+        parts.append("Not there: " + "; ".join(f"{n} ({why})" for n, why in result["absent"].items()) + ".")
     parts.append("torch's bf16 product, milliseconds: " + ", ".join(f"{v:g}" for v in dense.values()) + ".")
     return "\n\n".join(parts)
 

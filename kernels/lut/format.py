@@ -6,6 +6,7 @@ from torch import Tensor
 from hf_quant.formats import Kernel, Layer, PackedFormat, Tensors
 from hf_quant.grids import CodebookGrid, FloatGrid, TableGrid
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits, words
+from hf_quant.kernels.lut.cpu import CodebookCpu, TableCpu
 from hf_quant.kernels.lut.decode import table_grid, unpack
 from hf_quant.kernels.lut.gpu import CodebookTriton, Triton
 from hf_quant.kernels.lut.rotated import RotatedInput
@@ -24,7 +25,7 @@ class LutGroup(PackedFormat):
     """
 
     id = "lut-group/1"
-    kernels: tuple[Kernel, ...] = (Triton(), RotatedInput())
+    kernels: tuple[Kernel, ...] = (TableCpu(), Triton(), RotatedInput())
 
     def holds(self, layer: Layer) -> str | None:
         """Grids with a table, blocks of any shape, float scales, no zero point."""
@@ -81,7 +82,7 @@ class CodebookGroup(PackedFormat):
     """
 
     id = "codebook-group/1"
-    kernels = (CodebookTriton(),)
+    kernels: tuple[Kernel, ...] = (CodebookCpu(), CodebookTriton())
 
     def holds(self, layer: Layer) -> str | None:
         """Stored codebooks of a float type of at least two bytes, blocks of any shape."""
