@@ -71,7 +71,8 @@ def _with_codebook(q: QTensor) -> QTensor:
 
 def present(peers: Sequence[Peer], W_NK: Tensor) -> tuple[dict[str, Bind], dict[str, str]]:
     """(those that compute the product with the weight, why the others are not there)."""
-    found, absent = {}, {}
+    found: dict[str, Bind] = {}
+    absent: dict[str, str] = {}
     x_TK = torch.randn(8, W_NK.shape[1]).bfloat16()
     expected = x_TK.float() @ W_NK.T
     for peer in peers:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
-from hf_quant.grids import IntGrid
+from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels.int_group import int4pack
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.int_group.reference import SLICE, zero_codes
@@ -17,7 +17,7 @@ from hf_quant.runtime.activation import fake_quantize
 
 # Up to these token counts torch's native products are faster than dequantizing once and multiplying: README.md has the
 # measurements (2048 x 2048 and 1024 x 4096, one AVX512 core, bfloat16).
-INT4_TOKENS = 112
+INT4_TOKENS = 80
 INT8_TOKENS = 40
 
 
@@ -70,14 +70,14 @@ class Int4Cpu:
 
     def _dequantized(self, x_TK: Tensor, tensors: Tensors, packed: Tensor, layer: Layer) -> Tensor:
         """`x W^T`, rows of W dequantized as they are needed: the same bits as the reference's, without its matrix."""
-        (N, K), group = layer.shape, _native_group(layer) or 1
+        N, K = layer.shape
         y_TN = x_TK.new_empty(x_TK.shape[0], N)
-        scale_GN = _by_group(tensors["scale"].float(), layer, N)
-        zero_GN = _by_group(_zero(tensors, layer).expand_as(tensors["scale"]), layer, N)
+        scale_GN = _by_group(tensors["scale"].to(_product_type(layer)), layer, N)
+        zero_GN = _by_group(_zero(tensors, layer).to(x_TK.dtype).expand_as(tensors["scale"]), layer, N)
         for rows in _slices(layer):
-            W_GgN = int4pack.columns(packed[rows]).view(K // group, group, -1).float()
-            W_GgN.sub_(zero_GN[:, None, rows]).mul_(scale_GN[:, None, rows])
-            y_TN[:, rows] = x_TK @ W_GgN.view(K, -1).to(x_TK.dtype)
+            W_GgN = int4pack.differences(packed[rows], zero_GN[:, rows]).to(scale_GN.dtype)
+            W_GgN.mul_(scale_GN[:, None, rows])
+            torch.mm(x_TK, W_GgN.view(K, -1).to(x_TK.dtype), out=y_TN[:, rows])
         return y_TN
 
 
@@ -154,6 +154,13 @@ def _by_group(blocks: Tensor, layer: Layer, N: int) -> Tensor:
     """What the format has by block `[nb, G, ...]`, by torch's narrower groups: `[K / g, N, ...]`."""
     columns = torch.arange(0, layer.shape[1], _native_group(layer) or 1) // _group(layer)
     return blocks[:, columns].expand(N, *[-1] * (blocks.dim() - 1)).transpose(0, 1)
+
+
+def _product_type(layer: Layer) -> torch.dtype:
+    """Where a product with a scale is rounded once: in bfloat16 if that holds the scale, else in float32."""
+    scale = layer.weights.scale
+    kinds = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu)
+    return torch.bfloat16 if isinstance(scale, FloatGrid) and scale.torch_dtype in kinds else torch.float32
 
 
 def _slices(layer: Layer) -> list[slice]:

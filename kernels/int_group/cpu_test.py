@@ -8,17 +8,19 @@ import torch
 from hf_quant.formats import Layer, choose_kernel, format_named
 from hf_quant.kernels.int_group.cpu import Int4Cpu
 from hf_quant.qtensor import QTensor
+from hf_quant.runtime.packed import refit
 from hf_quant.spec import int_spec
 
 FORMAT = format_named("int-group/1")
 
 
+@pytest.mark.parametrize("rows", [32, 128])  # beside whole blocks, and two of them
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, 96, -1])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_narrow_codes_are_codes_of_four_bits(bits: int, group: int, symmetric: bool) -> None:
+def test_narrow_codes_are_codes_of_four_bits(bits: int, group: int, symmetric: bool, rows: int) -> None:
     """One-hot inputs print the weight, bit for bit: scales of powers of two, so that bfloat16 rounds nothing."""
-    shape, spec = (32, 192), int_spec(bits, group, symmetric=symmetric)
+    shape, spec = (rows, 192), int_spec(bits, group, symmetric=symmetric)
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
     blocks = spec.blocks(shape)
@@ -34,6 +36,17 @@ def test_narrow_codes_are_codes_of_four_bits(bits: int, group: int, symmetric: b
     many = Int4Cpu().run(one_hot, tensors, blob, layer)
     assert torch.equal(few.T.float(), q.dequantize())
     assert torch.equal(many.T.float(), q.dequantize())
+
+
+@pytest.mark.parametrize("scale", ["bfloat16", "float16", "float32"])
+def test_many_tokens_see_the_weight_of_the_reference(scale: str) -> None:
+    """Whatever type the scales have: a product that is rounded to float32 and then to bfloat16 is the definition."""
+    shape, spec = (128, 192), int_spec(4, 32, scale=scale)
+    q = refit(torch.randn(shape, generator=torch.Generator().manual_seed(0)), spec)
+    layer, tensors = Layer(shape, spec), FORMAT.pack(q)
+    blob = Int4Cpu().prepare(tensors, layer, torch.bfloat16)
+    y_KN = Int4Cpu().run(torch.eye(192).bfloat16(), tensors, blob, layer)
+    assert torch.equal(y_KN.T, FORMAT.weight(tensors, layer, torch.bfloat16))
 
 
 def test_wider_codes_are_refused() -> None:

@@ -34,6 +34,29 @@ def columns(packed: Tensor) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
+def differences(packed: Tensor, zero_GN: Tensor) -> Tensor:
+    """`code - zero` of such rows, bfloat16 `[G, K / G, N]`, exact for integer zeros: two lookups for two bytes."""
+    G, N, K = len(zero_GN), packed.shape[0], 2 * packed.shape[1]
+    rows, half = block(), block() // 2
+    if N % rows or _rows(rows) != tuple(range(rows)):
+        return columns(packed).to(torch.bfloat16).view(G, K // G, N).sub_(zero_GN[:, None])
+    word = packed.reshape(-1).view(torch.int16).int().bitwise_and_(0xFFFF)
+    W_GKN = torch.empty(G, K // G, N, dtype=torch.bfloat16)
+    out, zero = W_GKN.view(G, K // G, -1, 2, half), zero_GN.reshape(G, 1, -1, 2, half)
+    for part, table in enumerate(_tables()):
+        codes = table.index_select(0, word).view(torch.bfloat16).view(-1, G, K // G, half)
+        torch.sub(codes.permute(1, 2, 0, 3), zero[..., part, :], out=out[..., part, :])
+    return W_GKN
+
+
+@cache
+def _tables() -> tuple[Tensor, Tensor]:
+    """Two bytes -> the codes in their low halves, and those in their high ones: two bfloat16 as an int32."""
+    word = torch.arange(1 << 16)
+    low, high = (torch.stack((word >> i & 15, word >> i + 8 & 15), -1).bfloat16() for i in (0, 4))
+    return low.view(torch.int32).flatten(), high.view(torch.int32).flatten()
+
+
 @cache
 def block() -> int:
     """Rows of a block on this processor."""
