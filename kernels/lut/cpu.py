@@ -43,7 +43,8 @@ class TableCpu:
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """[the table of fields]: one for all layers with the same grid."""
-        return [_table(table_grid(layer), _lookup_type(layer.weights, dtype))]
+        grid, kind = table_grid(layer), _lookup_type(layer.weights, dtype)
+        return [_table(grid, kind)]  # type: ignore[arg-type]  # grids are frozen dataclasses, so hashable
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
