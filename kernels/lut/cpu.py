@@ -48,17 +48,18 @@ class TableCpu:
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
-        x_TK = fake_quantize(x_TK, layer.inputs, tensors)
+        x_TK = fake_quantize(x_TK, layer.inputs, tensors).contiguous()
         spec, (N, K), bits = layer.weights, layer.shape, table_grid(layer).code_bits
         kind = _lookup_type(spec, x_TK.dtype)
         data_NB = tensors["qweight"].contiguous().view(torch.uint8)
         scale, tensor_scale = _scales(tensors["scale"], spec, kind), tensors.get("tensor_scale")
+        table = blob[0].view(ENTRY[blob[0].shape[1]]).flatten()
         y_TN, row = x_TK.new_empty(len(x_TK), N), _block_of_row(layer)
         for rows in _slices(0, N, K, MULTIPLIED):
             W_RK = x_TK.new_empty(rows.stop - rows.start, K)
             for part in _slices(rows.start, rows.stop, K, DECODED):
                 fields = _fields(data_NB[part], _field(bits, kind), K * bits)
-                values = blob[0].index_select(0, fields.flatten()).view(kind).view(len(fields), -1)[:, :K]
+                values = table.index_select(0, fields.flatten()).view(kind).view(len(fields), -1)[:, :K]
                 own = scale if len(scale) == 1 else scale[part] if len(scale) == N else scale[row[part]]
                 here = W_RK[part.start - rows.start : part.stop - rows.start]
                 if kind == x_TK.dtype:
@@ -88,7 +89,7 @@ class CodebookCpu:
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
-        x_TK = fake_quantize(x_TK, layer.inputs, tensors)
+        x_TK = fake_quantize(x_TK, layer.inputs, tensors).contiguous()
         (N, K), grid, (_, kb) = layer.shape, layer.weights.grid, layer.weights.blocks(layer.shape)
         assert isinstance(grid, CodebookGrid)  # noqa: S101  `holds` has checked it
         levels = tensors["codebook"].to(x_TK.dtype).flatten()
@@ -130,12 +131,12 @@ def _field(bits: int, kind: torch.dtype) -> int:
 
 @cache
 def _table(grid: TableGrid, kind: torch.dtype) -> Tensor:
-    """`[2^field]`: the values of the codes of a field, the lowest bits first, as one number of their size."""
+    """`[2^field, bytes]`: the values of the codes of a field, the lowest bits first."""
     bits = grid.code_bits
     count = _field(bits, kind) // bits
     levels = F.pad(grid.table()[:, 0], (0, (1 << bits) - len(grid.table())))
     codes = torch.arange(1 << bits * count)[:, None] >> torch.arange(0, bits * count, bits) & ((1 << bits) - 1)
-    return levels[codes].to(kind).contiguous().view(ENTRY[count * kind.itemsize]).flatten()
+    return levels[codes].to(kind).contiguous().view(torch.uint8)
 
 
 def _scales(scale: Tensor, spec: Spec, kind: torch.dtype) -> Tensor:
