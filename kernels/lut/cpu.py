@@ -17,7 +17,7 @@ from hf_quant.runtime.activation import fake_quantize
 from hf_quant.spec import Spec
 
 DECODED, MULTIPLIED = 1 << 17, 1 << 19  # weights at a time: temporaries, and the matrix they become, stay in the cache
-FIELD = {1: 8, 2: 8, 3: 12, 4: 16, 6: 12, 8: 16}  # bits looked up at once, by the bits of a code
+FIELD = {2: 8, 3: 12, 4: 16, 6: 12, 8: 16}  # bits looked up at once, by the bits of a code
 ENTRY = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # values of a field are copied as one
 
 
