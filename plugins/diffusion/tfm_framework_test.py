@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import hf_quant
@@ -18,6 +19,7 @@ from hf_quant.integrations.finish import finish, quantizer_of
 from hf_quant.ledger import count_bits
 from hf_quant.method import method_named
 from hf_quant.pipeline import quantize
+from hf_quant.plugins.diffusion.tdq_test import SCHEDULERS, differences
 from hf_quant.plugins.diffusion.tfm_framework import CachedFeatures
 from hf_quant.recipe import Job, Recipe
 from hf_quant.runtime.features import FeatureTable, Vacant
@@ -187,3 +189,25 @@ def test_claim(name: str, diffusion_judges, claims) -> None:  # type: ignore[no-
             theirs=[figures[i] for figures in theirs],
             reproduced=reproduced,
         )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers' schedulers
+def test_inv_every_scheduler_and_number_of_steps(diffusion_judges, claims, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    judge = diffusion_judges("digits-dit")
+    pipeline = judge.pipeline()
+    config = QuantConfig("tfm-framework", bits=8, calibration_steps=10, ranges=10, samples=40, iterations=0)
+    given = {"class_labels": range(10), "guidance": judge.guidance}
+    hf_quant.quantize(pipeline, config, pictures=0, progress=False, **given)
+    assert of(pipeline.transformer, FeatureTable)
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    found = differences(judge, loaded, [(name, steps) for name in SCHEDULERS for steps in (10, 20, 50)])
+    claims.invariant(
+        "tfm-framework",
+        "pictures within 0.05 (rms) of full precision's with DDIM, DPM-Solver++ and Euler at 10, 20 and 50 steps, "
+        "saved, loaded, features stored for DDIM's 10 steps, w8a8, digits-dit",
+        max(found.values()) < 0.05,
+        found,
+    )
