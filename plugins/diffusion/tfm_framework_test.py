@@ -178,7 +178,7 @@ def measured(judge: Any, how: Recipe, seed: int) -> tuple[float, float, float]:
 @pytest.mark.parametrize("name", ["digits-dit", "digits-unet"])
 def test_claim(name: str, diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
     judge = diffusion_judges(name)
-    how = recipe(ranges=20, iterations=100)
+    how = recipe(ranges=20, iterations=50)
     ours, theirs = ([measured(judge, h, seed) for seed in range(3)] for h in (how, replace(how, serving=None)))
     found = (("temporal features", True), ("the pictures", True))
     for (what, reproduced), i in zip(found, (0, 2), strict=True):
