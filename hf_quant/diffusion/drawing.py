@@ -44,7 +44,8 @@ class Drawing:
             ConfigError: steps below 1, no class labels or prompts where there must be, some where there are none, or an
                 argument that it does not take.
         """
-        taken = inspect.signature(pipeline.__call__).parameters
+        every = inspect.signature(pipeline.__call__).parameters
+        taken = {n: p for n, p in every.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
         name = type(pipeline).__name__
         backbone(pipeline)
         if self.steps < 1:

@@ -1,0 +1,160 @@
+"""A pipeline that draws from texts, whole: both networks quantized, calibrated, saved, adapted."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import hf_quant
+from hf_quant import QuantConfig
+from hf_quant.errors import CheckpointError, ConfigError
+from hf_quant.runtime.packed import Packed
+
+RTN = QuantConfig("rtn", bits=4, group_size=16)
+TIMED = QuantConfig("tdq", calibration_steps=4, ranges=4, samples=8, iterations=3)
+PROMPTS = ["a red cube", "two dogs"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion of random weights."""
+    path = tmp_path_factory.mktemp("texts")
+    letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    words = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    (path / "vocab.json").write_text(json.dumps(words))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt"), model_max_length=12)
+    torch.manual_seed(0)
+    ends = {"bos_token_id": words["<|startoftext|>"], "eos_token_id": words["<|endoftext|>"], "pad_token_id": 0}
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        projection_dim=32,
+        **ends,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+    )
+    vae = AutoencoderKL(norm_num_groups=8, block_out_channels=(16,))
+    StableDiffusionPipeline(
+        vae,
+        CLIPTextModel(text),
+        tokenizer,
+        unet,
+        DDIMScheduler(clip_sample=False, steps_offset=1),
+        None,
+        None,
+        requires_safety_checker=False,
+    ).save_pretrained(path / "full")
+    return path / "full"
+
+
+def load(path: Path, **given: Any) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(path, **given)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: Any, **given: Any) -> torch.Tensor:
+    noise = torch.Generator().manual_seed(3)
+    asked = {"num_inference_steps": 3, "guidance_scale": 5.0, "generator": noise, "output_type": "np", **given}
+    return torch.as_tensor(pipeline("a red cube", **asked).images)
+
+
+def packed(module: torch.nn.Module) -> int:
+    return sum(isinstance(m, Packed) for m in module.modules())
+
+
+@pytest.fixture(scope="module")
+def timed(folder: Path) -> Any:
+    """Its U-Net has input ranges for each of four timesteps."""
+    pipeline = load(folder)
+    hf_quant.quantize(pipeline, TIMED, prompts=PROMPTS, guidance=5.0, pictures=0, progress=False)
+    return pipeline
+
+
+def test_both_networks_while_loading(folder: Path, tmp_path: Path) -> None:
+    config = PipelineQuantizationConfig(quant_mapping={"unet": RTN, "text_encoder": RTN})
+    pipeline = load(folder, quantization_config=config)
+    assert packed(pipeline.unet)
+    assert packed(pipeline.text_encoder)
+    assert not packed(pipeline.vae)
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(draw(load(tmp_path)), draw(pipeline))
+    full = draw(load(folder))
+    assert 0 < float((draw(pipeline) - full).abs().mean()) < 0.2
+
+
+def test_both_networks_calibrated_on_prompts(folder: Path, tmp_path: Path) -> None:
+    """The text encoder on the prompts' tokens, the U-Net on both branches of the guidance."""
+    pipeline = load(folder)
+    configs = {"text_encoder": QuantConfig("int8-default"), "unet": TIMED}
+    reports = hf_quant.quantize(pipeline, configs, prompts=PROMPTS, guidance=5.0, pictures=2, progress=False)
+    assert reports["unet"].calibration["samples"] == 16  # 8 points, each with and without the prompt
+    assert packed(pipeline.text_encoder)
+    pipeline.save_pretrained(tmp_path)
+    assert (tmp_path / "pictures.png").exists()
+    assert torch.equal(draw(load(tmp_path)), draw(pipeline))
+
+
+def test_prompts_are_asked_for(folder: Path) -> None:
+    pipeline = load(folder)
+    with pytest.raises(ConfigError, match="prompts"):
+        hf_quant.quantize(pipeline, TIMED, progress=False)
+    assert not packed(pipeline.unet)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_lora_on_a_base_with_tables(timed: Any, folder: Path, tmp_path: Path) -> None:
+    trained, pipeline = copy.deepcopy(timed.unet), load(folder)
+    trained.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(trained))
+    pipeline.unet = copy.deepcopy(timed.unet)
+    plain = draw(pipeline)
+    pipeline.load_lora_weights(tmp_path, adapter_name="one")
+    assert not torch.equal(draw(pipeline), plain)
+    pipeline.set_adapters(["one"], [0.0])
+    assert torch.equal(draw(pipeline), plain)
+    pipeline.unload_lora_weights()
+    assert torch.equal(draw(pipeline), plain)
+
+
+def test_a_missing_table_is_an_error(timed: Any, tmp_path: Path) -> None:
+    """Never a silent default: not in the config, not in the file."""
+    timed.unet.save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())
+
+    def without(node: Any, name: str) -> Any:
+        if isinstance(node, dict):
+            return {k: without(v, name) for k, v in node.items() if k != name}
+        return [without(v, name) for v in node] if isinstance(node, list) else node
+
+    assert "steps" in json.dumps(text["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(without(text, "steps")))
+    with pytest.raises(CheckpointError):
+        UNet2DConditionModel.from_pretrained(tmp_path)
