@@ -23,6 +23,7 @@ from torch import Tensor
 from hf_quant.errors import CheckpointError, ConfigError, UnsupportedSpec
 from hf_quant.finite import all_finite
 from hf_quant.hadamard import Hadamard
+from hf_quant.product_gradient import gradient_operator
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import check_input, fake_quantize, input_layout
 from hf_quant.spec import Spec
@@ -243,7 +244,7 @@ _IDS: set[str] = set()
 
 
 def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]:
-    """The operators of a format: `hf_quant::<id>`, for its gradient `hf_quant::<id>_weight`, and `..._restore`."""
+    """The operators of a format: `hf_quant::<id>`, its gradient `..._gradient`, `..._weight` and `..._restore`."""
     name = "hf_quant::" + fmt.id.replace("-", "_").replace("/", "_")
     kernels = {kernel.name: kernel for kernel in fmt.kernels}
 
@@ -297,6 +298,8 @@ def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., l
     )
     weight_op.register_fake(lambda held, layer, dtype: held[0].new_empty(Layer.from_key(layer).shape, dtype=dtype))
 
+    gradient_op = gradient_operator(fmt, kernels, names)
+
     op = torch.library.custom_op(
         name,
         linear,
@@ -311,18 +314,16 @@ def _register(fmt: PackedFormat) -> tuple[Callable[..., Tensor], Callable[..., l
         ctx.save_for_backward(a, up, *tensors, *blob)
         ctx.tensors = len(tensors)
 
-    def gradient(ctx: Any, grad_TN: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         a, up, *saved = ctx.saved_tensors
         tensors, blob = saved[: ctx.tensors], saved[ctx.tensors :]
-        named = dict(zip(names(ctx.layer, ctx.kernel), tensors, strict=True))
-        named |= fmt.restore(blob, Layer.from_key(ctx.layer), ctx.kernel)
-        grad_TK = grad_TN @ weight_op([named[n] for n in sorted(named)], ctx.layer, grad_TN.dtype)
+        grad_TK = gradient_op(grad_TN, tensors, blob, ctx.layer, ctx.kernel)
         if ctx.rotation[0]:
             grad_TK = torch.ops.hf_quant.hadamard(grad_TK, *ctx.rotation, True)
         branch = (None, None) if a is None else (grad_TN @ up, grad_TN.T @ a)
         return grad_TK, [None] * len(tensors), [None] * len(blob), None, None, *branch, None, None, None
 
-    op.register_autograd(gradient, setup_context=save)
+    op.register_autograd(backward, setup_context=save)
     return op, restore_op
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels.int_group import int4pack
-from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
+from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits, words
 from hf_quant.kernels.int_group.reference import SLICE, zero_codes
 from hf_quant.runtime.activation import fake_quantize
 
@@ -48,17 +48,21 @@ class Int4Cpu:
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """[packed codes, (scale, shift) `[K/g, N, 2]`]."""
         N, K = layer.shape
-        codes = unpack_bits(tensors["qweight"], int(layer.weights.grid.bits), K)
-        packed = int4pack.pack(codes + _raised(layer))
+        packed = tensors["qweight"].new_empty(N, K // 2, dtype=torch.uint8)
+        for rows in _slices(layer):  # whole matrices of codes would leave holes in the heap between what lasts
+            codes = unpack_bits(tensors["qweight"][rows], int(layer.weights.grid.bits), K)
+            packed[rows] = int4pack.pack(codes + _raised(layer))
         scale = tensors["scale"].float()
         shift = scale * (8 - _zero(tensors, layer))
         return [packed, _by_group(torch.stack((scale, shift), -1), layer, N).to(dtype).contiguous()]
 
     def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
         """See `Restoring.restore`."""
-        bits, N = int(layer.weights.grid.bits), layer.shape[0]
-        parts = [(int4pack.columns(blob[0][rows]) - _raised(layer)).T for rows in _slices(layer)]
-        return {"qweight": torch.cat([pack_bits(codes_NK, bits) for codes_NK in parts]) if N else blob[0].int()}
+        (N, K), bits = layer.shape, int(layer.weights.grid.bits)
+        qweight = blob[0].new_empty(N, words(K, bits), dtype=torch.int32)
+        for rows in _slices(layer):
+            qweight[rows] = pack_bits((int4pack.columns(blob[0][rows]) - _raised(layer)).T, bits)
+        return {"qweight": qweight}
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
@@ -67,6 +71,21 @@ class Int4Cpu:
             y_TN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, blob[0], _native_group(layer), blob[1])
             return y_TN
         return self._dequantized(x_TK, tensors, blob[0], layer)
+
+    def gradient(self, grad_TN: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
+        """See `Differentiating.gradient`: some whole groups of columns dequantized at a time."""
+        (N, K), group = layer.shape, _native_group(layer) or 1
+        grad_TK = grad_TN.new_empty(grad_TN.shape[0], K)
+        scale_GN = _by_group(tensors["scale"].float(), layer, N)
+        zero_GN = _by_group(_zero(tensors, layer).expand_as(tensors["scale"]), layer, N)
+        step = max(1, SLICE // max(1, N * group))  # groups
+        for first in range(0, K // group, step):
+            groups = slice(first, min(first + step, K // group))
+            columns = slice(groups.start * group, groups.stop * group)
+            W_GgN = int4pack.columns(blob[0], columns).view(-1, group, N).float()
+            W_GgN.sub_(zero_GN[groups, None]).mul_(scale_GN[groups, None])
+            grad_TK[:, columns] = grad_TN @ W_GgN.view(-1, N).to(grad_TN.dtype).T
+        return grad_TK
 
     def _dequantized(self, x_TK: Tensor, tensors: Tensors, packed: Tensor, layer: Layer) -> Tensor:
         """`x W^T`, rows of W dequantized as they are needed: the same bits as the reference's, without its matrix."""

@@ -53,3 +53,21 @@ def test_wider_codes_are_refused() -> None:
     layer = Layer((16, 64), int_spec(5, 32))
     assert "at most 4 bits" in str(Int4Cpu().supports(layer, torch.device("cpu"), torch.bfloat16))
     assert Int4Cpu().supports(replace(layer, weights=int_spec(1, 32)), torch.device("cpu"), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(("N", "K", "group"), [(80, 96, 32), (48, 256, 128), (5632, 384, 64), (32, 320, -1)])
+def test_the_gradient_is_of_the_same_weight(N: int, K: int, group: int) -> None:
+    """No dense weight is made: whole groups of columns at a time, to the bit the columns of the reference's product."""
+    generator = torch.Generator().manual_seed(0)
+    spec = int_spec(4, group)
+    q = refit(torch.randn(N, K, generator=generator), spec)
+    layer = Layer((N, K), spec)
+    tensors = FORMAT.pack(q)
+    blob = Int4Cpu().prepare(tensors, layer, torch.bfloat16)
+    grad_TN = torch.randn(5, N, generator=generator).bfloat16()
+    found = Int4Cpu().gradient(grad_TN, {n: t for n, t in tensors.items() if n != "qweight"}, blob, layer)
+    want = grad_TN.float() @ q.dequantize(torch.bfloat16).float()
+    torch.testing.assert_close(found.float(), want, rtol=2**-8, atol=1e-4 * float(want.abs().max()))
+    eye = torch.eye(N, dtype=torch.bfloat16)[:40]
+    same = Int4Cpu().gradient(eye, {n: t for n, t in tensors.items() if n != "qweight"}, blob, layer)
+    assert torch.equal(same, q.dequantize(torch.bfloat16)[:40])

@@ -19,18 +19,21 @@ def pack(codes_NK: Tensor) -> Tensor:
     return torch.cat([convert(codes_NK[i : i + step].int(), 2) for i in range(0, len(codes_NK), step)])
 
 
-def columns(packed: Tensor) -> Tensor:
-    """The codes of rows that begin with a block and end with one, or with the matrix: uint8 `[K, N]`."""
+def columns(packed: Tensor, some: slice = slice(None)) -> Tensor:
+    """The codes of rows that begin with a block and end with one, or with the matrix: uint8 `[K, N]`.
+
+    `some` of the K columns.
+    """
     N, K = packed.shape[0], 2 * packed.shape[1]
     whole = N - N % block()
     found = []
     for part, rows in ((packed[:whole], block()), (packed[whole:], N - whole)):
         if len(part):
-            data = part.reshape(-1, K, rows // 2)
+            data = part.reshape(-1, K, rows // 2)[:, some]
             codes = torch.cat((data & 15, data >> 4), 2)
             order = _places(rows)
             codes = codes if order == tuple(range(rows)) else codes[..., list(order)]
-            found.append(codes.transpose(0, 1).reshape(K, -1))
+            found.append(codes.transpose(0, 1).reshape(data.shape[1], -1))
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
