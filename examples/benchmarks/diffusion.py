@@ -1,25 +1,29 @@
-"""Quantized diffusion pipelines beside full precision: method x setting, three seeds, and the error against t.
+"""Quantized diffusion pipelines beside full precision: method x setting x metric, and the error against t.
 
 Every row quantizes an embedded pipeline on its own trajectories, then draws pictures from noise that no calibration
-saw.
-A seed changes both. Rows that are kept are not measured again; the table and the plot are made of them alone.
+saw; a seed changes both.
+Rows that are kept are not measured again; the table and the plots of `plugins/diffusion` are made of them alone.
 
     python examples/benchmarks/diffusion.py                       # measure what is missing, then write
-    python examples/benchmarks/diffusion.py --methods tfmq-dm --pipelines digits-unet
+    python examples/benchmarks/diffusion.py --methods tfmq-dm --pipelines digits-unet --settings W4A8 --seeds 0
     python examples/benchmarks/diffusion.py --methods             # only write
 """
 
 import argparse
+import io
 import json
 import statistics
 import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 import hf_quant
 from hf_quant import QuantConfig
+from hf_quant.diffusion.drawing import backbone
 from hf_quant.diffusion.loading_pipeline import load_pipeline
 from hf_quant.measure.evaluate_pipeline import evaluate_pipeline
 from hf_quant.measure.evaluation import PipelineEvaluation
@@ -28,107 +32,154 @@ from hf_quant.running.resources import versions
 from hf_quant.testing.bench import pictures
 
 HERE = Path(__file__).resolve().parent
-MODELS, KEPT, README = HERE.parent / "models", HERE / "results" / "diffusion.json", HERE / "README.md"
+MODELS, KEPT = HERE.parent / "models", HERE / "results" / "diffusion.json"
+README = HERE.parents[1] / "plugins" / "diffusion" / "README.md"
 BEGIN, END = "<!-- diffusion.py: begin -->", "<!-- diffusion.py: end -->"
 SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
 DRAWN = {"digits-unet": {}, "digits-dit": {"class_labels": range(10), "guidance": 1.5}}
-METHODS = ("int8-default", "dynamic-w8a8", "tfmq-dm")  # any other that takes bits and act_bits: --methods
+METHODS = {  # what is not the method's default, so that a row takes minutes on one core
+    "int8-default": {},
+    "dynamic-w8a8": {},
+    "ptq4dm": {},
+    "tdq": {},
+    "qdrop": {"steps": 150},
+    "q-diffusion": {"iterations": 150},
+    "tfmq-dm": {"iterations": 150},
+    "svdquant": {"rank": 4},  # where layers are 64 to 128 wide, the branch of rank 32 alone takes 21 bits a weight
+}
 NOISE = 50_000  # seed of the first picture
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--pipelines", nargs="*", default=list(DRAWN))
-    parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--settings", nargs="*", default=["W8A8", "W4A8", "W4A4"])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=60)
     asked = parser.parse_args()
-    rows = json.loads(KEPT.read_text()) if KEPT.is_file() else []
-    kept = {(r["pipeline"], r["method"], r["setting"], r["seed"]) for r in rows}
-    for key in product(asked.pipelines, asked.methods, asked.settings, range(asked.seeds)):
+    kept = {(r["pipeline"], r["method"], r["setting"], r["seed"]) for r in read()}
+    for key in product(asked.pipelines, asked.methods, asked.settings, asked.seeds):
         if key not in kept:
-            rows.append(measure(*key, asked.images))
-            KEPT.write_text(json.dumps(sorted(rows, key=order), indent=1) + "\n")
-    write(sorted(rows, key=order))
+            row = measure(*key, asked.images)
+            KEPT.write_text(json.dumps(sorted([*read(), row], key=order), indent=1) + "\n")
+    write(read())
+
+
+def read() -> list[dict]:
+    return json.loads(KEPT.read_text()) if KEPT.is_file() else []
 
 
 def order(row: dict) -> tuple:
-    method = METHODS.index(row["method"]) if row["method"] in METHODS else len(METHODS)
+    every = list(METHODS)
+    method = every.index(row["method"]) if row["method"] in every else len(every)
     return row["pipeline"], list(SETTINGS).index(row["setting"]), method, row["method"], row["seed"]
 
 
 def measure(name: str, method: str, setting: str, seed: int, images: int) -> dict:
     bits, act_bits = SETTINGS[setting]
     real = pictures(np.load(HERE.parent / "data" / "digits.npz")["test"]).permute(0, 2, 3, 1) / 2 + 0.5
-    pipeline = load_pipeline(MODELS / name)
-    config = QuantConfig(method, bits=bits, act_bits=act_bits, seed=seed, allow=["*"])
     began = time.perf_counter()
+    pipeline = load_pipeline(MODELS / name)
+    config = QuantConfig(method, bits=bits, act_bits=act_bits, seed=seed, allow=["*"], **METHODS.get(method, {}))
     hf_quant.quantize(pipeline, config, pictures=0, progress=False, **DRAWN[name])
     seconds = time.perf_counter() - began
     found = evaluate_pipeline(
-        pipeline, MODELS / name, real, classifier=MODELS / "digits-vit", images=images, seed=NOISE + 1000 * seed,
-        **DRAWN[name],
+        pipeline, MODELS / name, real, classifier=MODELS / "digits-vit", images=images, batch_size=20,
+        seed=NOISE + 1000 * seed, progress=False, **DRAWN[name],
     )  # fmt: skip
     row = {"pipeline": name, "method": method, "setting": setting, "seed": seed, "quantize_seconds": round(seconds, 2)}
-    print(row, f"PSNR {found.psnr:.2f}", flush=True)
+    row |= {"backbone_bytes": stored(backbone(pipeline))}
+    print(row, f"PSNR {found.psnr:.2f}, {found.accuracy} of {found.reference_accuracy} %,", end=" ")
+    print(f"Fréchet {found.frechet_to_data:.2f} of {found.reference_frechet_to_data:.2f}", flush=True)
     return {**row, "arguments": config.given, "evaluation": found.to_json(), "versions": versions()}
+
+
+def stored(network: torch.nn.Module) -> int:
+    """Bytes of what is saved of it, codes, scales and branches included."""
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    return file.tell()
 
 
 def spread(values: list[float | None], form: str) -> str:
     there = [v for v in values if v is not None]
-    if len(there) < len(values):
+    if len(there) < len(values) or not there:
         return "not measured"
-    error = f" ± {form.format(statistics.stdev(there))}" if len(there) > 1 else ""
+    error = f" ± {form.replace('+', '').format(statistics.stdev(there))}" if len(there) > 1 else ""
     return form.format(statistics.fmean(there)) + error
 
 
+def beside(values: list[float | None], full: list[float | None]) -> list[float | None]:
+    """By how many percent each is above full precision's."""
+    return [None if v is None or f is None else 100 * (v / f - 1) for v, f in zip(values, full, strict=True)]
+
+
+COLUMNS = "setting, method, bits, MB, SQNR (dB), worst step, PSNR (dB), x_0 error, read alike (%), right class (%)"
+COLUMNS += ", Fréchet to data, over full precision's (%), s / image, peak MB, s to quantize, seeds x pictures"
+
+
+def cells(rows: list[dict]) -> list[str]:
+    """A line of the table: one method at one setting."""
+    found = [PipelineEvaluation.from_json(r["evaluation"]) for r in rows]
+    right = spread([f.accuracy for f in found], "{:.1f}") if found[0].accuracy is not None else "no classes"
+    frechet, full = [f.frechet_to_data for f in found], [f.reference_frechet_to_data for f in found]
+    bits = [f.bits_per_weight for f in found][:1]
+    return [
+        rows[0]["setting"],
+        rows[0]["method"],
+        "-" if bits == [None] else spread(bits, "{:.2f}"),
+        spread([r["backbone_bytes"] / 1e6 if "backbone_bytes" in r else None for r in rows][:1], "{:.2f}"),
+        spread([statistics.fmean(f.sqnr or ()) for f in found], "{:.1f}"),
+        spread([min(f.sqnr or ()) for f in found], "{:.1f}"),
+        spread([f.psnr for f in found], "{:.1f}"),
+        spread([f.trajectory[-1] if f.trajectory else None for f in found], "{:.4f}"),
+        spread([f.agreement for f in found], "{:.1f}"),
+        right,
+        spread(frechet, "{:.1f}"),
+        spread(beside(frechet, full), "{:+.1f}"),
+        spread([f.seconds_per_image for f in found], "{:.2f}"),
+        spread([f.peak_bytes / 1e6 for f in found][:1], "{:.0f}"),
+        spread([r["quantize_seconds"] for r in rows], "{:.0f}"),
+        f"{len(rows)} x {found[0].images}",
+    ]
+
+
 def write(rows: list[dict]) -> None:
-    lines, images = [], {r["evaluation"]["images"] for r in rows}
+    columns, lines = COLUMNS.split(", "), []
     for name in dict.fromkeys(r["pipeline"] for r in rows):
-        lines += [f"### {name}", ""]
-        columns = ["setting", "method", "bits", "SQNR, dB", "least of a step", "PSNR, dB", "x_0 error", "read alike, %"]
-        columns += ["right class, %", "Fréchet, pictures", "Fréchet, data", "s / image", "s to quantize", "seeds"]
-        lines += [f"| {' | '.join(columns)} |", "|---|---" + "|---:" * (len(columns) - 2) + "|"]
         mine = [r for r in rows if r["pipeline"] == name]
-        full = [PipelineEvaluation.from_json(r["evaluation"]) for r in mine]
+        lines += [f"### {name}", "", f"| {' | '.join(columns)} |", "|---|---" + "|---:" * (len(columns) - 2) + "|"]
         for setting, method in dict.fromkeys((r["setting"], r["method"]) for r in mine):
             of = [r for r in mine if (r["setting"], r["method"]) == (setting, method)]
-            found = [PipelineEvaluation.from_json(r["evaluation"]) for r in of]
-            cells = [setting, method, spread([f.bits_per_weight for f in found][:1], "{:.2f}")]
-            cells += [
-                spread([statistics.fmean(f.sqnr or ()) for f in found], "{:.1f}"),
-                spread([min(f.sqnr or ()) for f in found], "{:.1f}"),
-                spread([f.psnr for f in found], "{:.1f}"),
-                spread([f.trajectory[-1] if f.trajectory else None for f in found], "{:.4f}"),
-                spread([f.agreement for f in found], "{:.0f}"),
-                spread([f.accuracy for f in found], "{:.0f}") if found[0].accuracy is not None else "no classes",
-                spread([f.frechet_to_reference for f in found], "{:.2f}"),
-                spread([f.frechet_to_data for f in found], "{:.1f}"),
-                spread([f.seconds_per_image for f in found], "{:.2f}"),
-                spread([r["quantize_seconds"] for r in of], "{:.0f}"),
-                str(len(of)),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        reference = spread([f.reference_frechet_to_data for f in full], "{:.1f}")
-        right = spread([f.reference_accuracy for f in full], "{:.0f}") + " % right class, "
-        right = "" if full[0].reference_accuracy is None else right
+            lines.append(f"| {' | '.join(cells(of))} |")
+        full = list({r["seed"]: PipelineEvaluation.from_json(r["evaluation"]) for r in mine}.values())
+        right = "" if full[0].reference_accuracy is None else "right class "
+        right += "" if not right else spread([f.reference_accuracy for f in full], "{:.1f}") + " %, "
+        distance = spread([f.reference_frechet_to_data for f in full], "{:.1f}")
         seconds = spread([f.reference_seconds_per_image for f in full], "{:.2f}")
-        lines += ["", f"Full precision: {right}Fréchet distance to the data {reference}, {seconds} s / image.", ""]
+        lines += ["", f"Full precision: {right}Fréchet distance to the data {distance}, {seconds} s / image.", ""]
         for setting in dict.fromkeys(r["setting"] for r in mine):
             picture = KEPT.with_name(f"diffusion-{name}-{setting}.png")
             save_png(curves([r for r in mine if r["setting"] == setting]), picture)
-            lines += [f"![SQNR against t, {name}, {setting}](results/{picture.name})", ""]
-    words = (
-        f"Each row is {' or '.join(map(str, sorted(images)))} pictures of 20 steps a seed; ± is the deviation of seeds."
-    )
+            place = f"../../examples/benchmarks/results/{picture.name}"
+            lines += [f"![SQNR against t, {name}, {setting}]({place})", ""]
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    made = "\n".join([BEGIN, words, "", *lines, END])
-    README.write_text(before + made + after, encoding="utf-8")
+    README.write_text("\n".join([before + BEGIN, heading(rows), "", *lines, END]) + rest.partition(END)[2], "utf-8")
 
 
-def curves(rows: list[dict]):
+def heading(rows: list[dict]) -> str:
+    given = {r["method"]: r["arguments"] for r in rows}
+    shortened = [
+        f"{method} with {', '.join(f'{k}={v}' for k, v in found.items() if k not in ('bits', 'act_bits'))}"
+        for method, found in given.items()
+        if found.keys() - {"bits", "act_bits"}
+    ]
+    text = "Pictures of 20 steps; ± is the deviation of seeds."
+    return text + (f" Not their defaults: {'; '.join(sorted(shortened))}." if shortened else "")
+
+
+def curves(rows: list[dict]) -> Any:  # noqa: ANN401  a matplotlib Figure
     """The mean over seeds of each method's SQNR at every timestep."""
     series = {}
     for method in dict.fromkeys(r["method"] for r in rows):
