@@ -91,8 +91,9 @@ class Int4Cpu:
         """`x W^T`, rows of W dequantized as they are needed: the same bits as the reference's, without its matrix."""
         N, K = layer.shape
         y_TN = x_TK.new_empty(x_TK.shape[0], N)
-        scale_GN = _by_group(tensors["scale"].to(_product_type(layer)), layer, N)
-        zero_GN = _by_group(_zero(tensors, layer).to(x_TK.dtype).expand_as(tensors["scale"]), layer, N)
+        # in the order of the columns: strided ranges cost more than the product
+        scale_GN = _by_group(tensors["scale"].to(_product_type(layer)), layer, N).contiguous()
+        zero_GN = _by_group(_zero(tensors, layer).to(x_TK.dtype).expand_as(tensors["scale"]), layer, N).contiguous()
         for rows in _slices(layer):
             W_GgN = int4pack.differences(packed[rows], zero_GN[:, rows]).to(scale_GN.dtype)
             W_GgN.mul_(scale_GN[:, None, rows])
