@@ -38,7 +38,7 @@ def _prepacked(W_NK: Tensor) -> Bind:
     """The bf16 product of a compiled and frozen model."""
 
     def bind(x_TK: Tensor) -> Call:
-        packed = torch.ops.mkldnn._reorder_linear_weight(W_NK.bfloat16().to_mkldnn(), len(x_TK))
+        packed = torch.ops.mkldnn._reorder_linear_weight(W_NK.bfloat16(), len(x_TK))
         return lambda: torch.ops.mkldnn._linear_pointwise(x_TK, packed, None, "none", [], "")
 
     return bind
