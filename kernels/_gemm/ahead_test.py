@@ -85,24 +85,40 @@ def test_the_other_kernels(target: str) -> None:
         sound(kernel, target)
 
 
+GROUPS = ((128, "pairs"), (32, "pairs"), (4096, "scales"))
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+def test_every_shipped_configuration_once(target: str) -> None:
+    """Each with another width, type and group than its neighbours; all with all of them before a release."""
+    for i, config in enumerate(dict.fromkeys(shipped()[target].values())):
+        (group, ranges), bits = GROUPS[i % 3], (4, 3, 2, 8)[i % 4]
+        weight = Weight(SHAPE, bits, group, ranges=ranges)
+        sound(compiled(weight, (torch.float16, torch.bfloat16)[i % 2], config, target), target)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ahead.TARGETS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_shipped_configuration(target: str, bits: int, dtype: torch.dtype) -> None:
-    for config, (group, ranges) in pairs_of(
-        set(shipped()[target].values()), ((128, "pairs"), (32, "pairs"), (4096, "scales"))
-    ):
+    for config, (group, ranges) in pairs_of(set(shipped()[target].values()), GROUPS):
         weight = Weight(SHAPE, bits, group, ranges=ranges)
         sound(compiled(weight, dtype, config, target), target)
 
 
 def test_addresses_have_64_bits() -> None:
     """Of tensors; a program's own number and what is counted within a tile may have 32."""
-    code = ahead.product(W4, torch.bfloat16, Config("tensor"), "sm_90", experts=True).asm["ttir"]
-    offsets = re.findall(r"tt\.addptr [^:]*: tensor<(\S+)x!tt\.ptr<\w+>>, tensor<\S+x(i\d+)>", code)
-    assert len(offsets) >= 5
-    wide = [o for o in offsets if o[1] == "i64"]
-    narrow = [o for o in offsets if o[1] != "i64"]
-    assert len(wide) >= 5
-    assert all(shape in ("1x128", "4x128") for shape, _ in narrow), narrow
+    kernels = {
+        "product": (ahead.product(W4, torch.bfloat16, Config("tensor"), "sm_90", experts=True), ("1x128", "4x128")),
+        "8 bits": (ahead.eight_bit(torch.int8, "sm_90", experts=True), ()),
+        "tokens": (ahead.quantizer(torch.int8, "sm_90", steps=10), ()),
+        "parts": (ahead.combiner("sm_90", rank=32), ("128x16", "16x16")),  # within a row of the branch
+        "dequantized": (ahead.dequantizer(W4, torch.bfloat16, "sm_90"), ("1x128", "4x128")),
+    }
+    for name, (compiled_kernel, within) in kernels.items():
+        code = compiled_kernel.asm["ttir"]
+        offsets = re.findall(r"tt\.addptr [^:]*: tensor<(\S+)x!tt\.ptr<\w+>>, tensor<\S+x(i\d+)>", code)
+        narrow = [shape for shape, width in offsets if width != "i64" and shape not in within]
+        assert len(offsets) > len(narrow) + 2 * bool(within), name
+        assert not narrow, f"{name}: {narrow}"

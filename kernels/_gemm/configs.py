@@ -103,7 +103,8 @@ def fit(config: Config, weight: Weight, itemsize: int, target: str, limit: int) 
         limit: bytes of its shared memory.
     """
     columns, table = weight.shuffle.columns, weight.decode in ("levels", "codebooks")
-    held = 32 if table else 64  # decoded weights a thread has room for; one that is looked up has an address besides
+    # decoded weights a thread has room for; one that is looked up has an address besides, Blackwell's compiler spills
+    held = 32 if table or target.startswith("sm_10") else 64
     while config.BN > 16 and config.way != "dense" and config.BN * columns > held * 32 * config.num_warps:
         config = replace(config, BN=config.BN // 2)
 

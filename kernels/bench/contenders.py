@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.formats import Layer, choose_kernel, format_named
-from hf_quant.grids import E4M3, FloatGrid, LevelGrid, MiniFloatGrid
+from hf_quant.grids import E4M3, CodebookGrid, FloatGrid, IntGrid, LevelGrid, MiniFloatGrid
 from hf_quant.kernels.bnb_4bit.format import NF4
 from hf_quant.qtensor import QTensor
 from hf_quant.spec import Spec, act_spec, int_spec
@@ -16,7 +16,7 @@ from hf_quant.spec import Spec, act_spec, int_spec
 Shape = tuple[int, int]
 Make = Callable[[Shape, torch.device, torch.dtype], tuple[Callable[[Tensor], Tensor], int]]
 E2M1 = MiniFloatGrid(2, 1)
-FLOAT32 = FloatGrid("float32")
+FLOAT16, FLOAT32 = FloatGrid("float16"), FloatGrid("float32")
 FLOAT8_TOKENS = Spec(grid=E4M3, block=(1, -1), index="token", range="dynamic", scale=FLOAT32)
 
 
@@ -60,10 +60,14 @@ def ours(format_id: str, weights: Spec, inputs: Spec | None = None, *, kernel: s
 def random_weight(shape: Shape, spec: Spec, device: torch.device) -> QTensor:
     """Codes at random, scales near one step: speed does not depend on values, and rounding a matrix takes long."""
     codes = torch.randint(0, 1 << int(spec.grid.bits), shape, dtype=torch.uint8, device=device)
+    if isinstance(spec.grid, CodebookGrid):
+        levels = torch.randn(*spec.blocks(shape), 1 << spec.grid.bits, device=device).sort(-1).values
+        ones = torch.ones(spec.blocks(shape), device=device)
+        return QTensor(codes, ones, None, spec, shape, codebook=spec.scale.decode(spec.scale.encode(levels)))
     if spec.grid == E4M3:
         codes &= 0xF7  # no NaN
     scale = spec.scale.decode(spec.scale.encode(torch.rand(spec.blocks(shape), device=device) * 0.01 + 0.01))
-    zero = torch.full_like(scale, 1 << (int(spec.grid.bits) - 1)) if spec.zero == "int" else None
+    zero = torch.full_like(scale, 1 << (int(spec.grid.bits) - 1)) if spec.zero != "none" else None
     whole = torch.ones(1, device=device) if spec.tensor_scale else None
     return QTensor(codes, scale, zero, spec, shape, tensor_scale=whole)
 
@@ -152,6 +156,11 @@ CONTENDERS = (
         "lut-group NVFP4",
         ours("lut-group/1", Spec(grid=E2M1, block=(1, 16), scale=E4M3_SCALES, tensor_scale=True)),
         few,
+    ),
+    Contender("codebook-group W4 rows", ours("codebook-group/1", Spec(grid=CodebookGrid(4), scale=FLOAT16)), few),
+    Contender("codebook-group W3 rows", ours("codebook-group/1", Spec(grid=CodebookGrid(3), scale=FLOAT16)), few),
+    Contender(
+        "int-float-zero W4 g128", ours("int-float-zero/1", Spec(grid=IntGrid(4), zero="float", block=(1, 128))), few
     ),
     Contender("int-group W4A8 g256", ours("int-group/1", int_spec(4, 256), act_spec(8)), many),
     Contender("int8-act W8A8", ours("int8-act/1", int_spec(8, symmetric=True), act_spec(8)), many),
