@@ -80,9 +80,9 @@ def _onednn(W_NK: Tensor) -> Bind:
 
         def call() -> Tensor:
             step = float(x_TK.abs().amax()) / 127
-            x_int = (x_TK * (1 / step)).round_().to(torch.int8)
+            x_int = (x_TK * (1 / step)).round_().add_(128).to(torch.uint8)  # signed ones have no fast path
             y_TN: Tensor = torch.ops.onednn.qlinear_pointwise(
-                x_int, step, 0, packed, scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+                x_int, step, 128, packed, scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
             )
             return y_TN
 
@@ -218,7 +218,7 @@ def _openvino(bits: int) -> Callable[[Tensor], Bind]:
             weight = ops.constant(values.numpy())
         wide = ops.multiply(ops.convert(weight, "f16"), ops.constant(scale[..., None].half().numpy()))
         matrix = ops.convert(ops.reshape(wide, ops.constant(np.array([N, K])), False), "f32")
-        x = ops.parameter([-1, K], "f32")
+        x = ops.parameter([-1, K], library.Type.f32)
         model = library.Model([ops.matmul(x, matrix, False, True)], [x])
         options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "bf16"}
         request = library.Core().compile_model(model, "CPU", options).create_infer_request()
