@@ -10,11 +10,11 @@ from torch import nn
 
 from hf_quant.config import QuantConfig
 from hf_quant.diffusion.drawing import Drawing
-from hf_quant.diffusion.pipelines import is_pipeline, quantize_pipeline
+from hf_quant.diffusion.pipelines import configs_of, is_pipeline, quantize_pipeline
 from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.integrations.finish import refuse_quantized, run_quantizer
 from hf_quant.plan import Plan, make_plan
-from hf_quant.recipe import Recipe
+from hf_quant.recipe import Recipe, refuse_untrained
 from hf_quant.report import Report
 from hf_quant.runtime.apart import take_apart
 
@@ -95,6 +95,7 @@ def quantize(
     return run_quantizer(model, config, config.quantizer().quantize, job)
 
 
+@overload
 def finetune(
     model: nn.Module,
     config: QuantConfig,
@@ -102,14 +103,54 @@ def finetune(
     *,
     processor: Any = None,  # noqa: ANN401
     progress: bool = True,
-) -> Report:
-    """Quantize a float model by training it, in place. As `quantize`, for methods that train and for no other.
+) -> Report: ...
+
+
+@overload
+def finetune(
+    model: Any,  # noqa: ANN401  a DiffusionPipeline, which diffusers does not type
+    config: QuantConfig | Mapping[str, QuantConfig],
+    *,
+    prompts: Sequence[str] = (),
+    class_labels: Sequence[int] = (),
+    guidance: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    pictures: int = 4,
+    progress: bool = True,
+) -> dict[str, Report]: ...
+
+
+def finetune(
+    model: Any,
+    config: QuantConfig | Mapping[str, QuantConfig],
+    data: Any = None,
+    *,
+    processor: Any = None,
+    prompts: Sequence[str] = (),
+    class_labels: Sequence[int] = (),
+    guidance: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    pictures: int = 4,
+    progress: bool = True,
+) -> Report | dict[str, Report]:
+    """Quantize a float model or pipeline by training it, in place. As `quantize`, for methods that train and no other.
 
     With `config.run_dir` a training that was cut off goes on from its last checkpoint.
 
     Raises:
         NotSupported: the method does not train.
     """
+    if is_pipeline(model):
+        if data is not None or processor is not None:
+            raise ConfigError("a pipeline draws its own training data: pass prompts or class_labels, not data")
+        for own in configs_of(model, config).values():
+            refuse_untrained(own.quantizer())
+        drawing = Drawing(
+            guidance=guidance, class_labels=class_labels, prompts=prompts, arguments=dict(arguments or {})
+        )
+        return quantize_pipeline(
+            model, config, drawing, pictures=pictures, progress=progress, run=lambda how, m, job: how.finetune(m, job)
+        )
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"finetune takes a QuantConfig, not {type(config).__name__}")
     if getattr(model, "is_quantized", False):

@@ -135,6 +135,11 @@ def first_tensor(out: Any) -> Tensor:  # noqa: ANN401  whatever a block returns
     return hidden
 
 
+def answer(out: Any) -> Tensor:  # noqa: ANN401  whatever a model returns
+    """What a whole model puts out: its logits, or the first tensor."""
+    return out.logits if isinstance(getattr(out, "logits", None), Tensor) else first_tensor(out)
+
+
 @torch.no_grad()
 def record(
     model: nn.Module, blocks: Sequence[str], batches: Sequence[Batch], device: torch.device, sites: Sequence[str] = ()

@@ -59,7 +59,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
             entries = loop.run()
             training: dict[str, float] = {}
             if recipe.trainer is not None:
-                entries, training = train(model, recipe.trainer, loop.plan, floats, batches, job, entries)
+                entries, training = train(model, recipe.trainer, loop.plan, floats, batches, job, entries, timed)
     return Report(
         method={},
         coverage=tuple(entries) + loop.plan.kept,

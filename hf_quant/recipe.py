@@ -58,7 +58,7 @@ class Job:
 
 
 HOW_TO_TRAIN = (
-    "use a method that does (lsq, lr-qat, l4q, qlora), or quantize the model and train an adapter on it with PEFT"
+    "use a method that does (lsq, lr-qat, l4q, qlora; of diffusion efficientdm), or quantize the model and train an adapter on it with PEFT"
 )
 
 
@@ -145,6 +145,11 @@ class Recipe(HfQuantizer):
         Raises:
             NotSupported: the recipe has no trainer.
         """
-        if self.trainer is None:
-            raise NotSupported(f"this method does not train; {HOW_TO_TRAIN}")
+        refuse_untrained(self)
         return self.quantize(model, job)
+
+
+def refuse_untrained(quantizer: HfQuantizer) -> None:
+    """Raises `NotSupported` for a recipe without a trainer."""
+    if isinstance(quantizer, Recipe) and quantizer.trainer is None:
+        raise NotSupported(f"this method does not train; {HOW_TO_TRAIN}")

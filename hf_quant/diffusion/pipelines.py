@@ -1,8 +1,9 @@
 """Pipelines of diffusers, quantized whole: which components, on what they are calibrated, what they draw afterwards."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hf_quant.diffusion.drawing import Drawing
 from hf_quant.errors import ConfigError, HfQuantError, UnsupportedModel
 from hf_quant.integrations.finish import refuse_quantized, run_quantizer
 from hf_quant.method import did_you_mean
-from hf_quant.recipe import Recipe
+from hf_quant.recipe import HfQuantizer, Job, Recipe
 from hf_quant.report import Report
 from hf_quant.stages.trajectories import Trajectories
 
@@ -79,11 +80,13 @@ def quantize_pipeline(
     *,
     pictures: int = 4,
     progress: bool = True,
+    run: Callable[[HfQuantizer, nn.Module, Job], Report] = lambda how, model, job: how.quantize(model, job),
 ) -> dict[str, Report]:
     """Quantize components of a pipeline in memory, in place, one after the other.
 
     Each is calibrated on what the pipeline calls it with by then: on the trajectories that the method's own sampler
     takes, or on `Trajectories()` when that expects texts. A config with calibration data of its own keeps to it.
+    `run` is what is done with a component.
 
     Raises:
         ConfigError, UnsupportedModel: found before anything is drawn.
@@ -100,7 +103,7 @@ def quantize_pipeline(
     for name, own in configs.items():
         data = Denoising(pipeline, name, drawing) if _draws(own) else None
         job = own.job(data=data, progress=progress)
-        reports[name] = run_quantizer(getattr(pipeline, name), own, recipes[name].quantize, job)
+        reports[name] = run_quantizer(getattr(pipeline, name), own, partial(run, recipes[name]), job)
     after = None if before is None else _pictures(pipeline, drawing, pictures)
     pipeline.hf_quant_pictures = None if before is None or after is None else Pictures(drawing, before, after)
     return reports

@@ -52,8 +52,8 @@ def follow_timesteps(model: nn.Module, recipe: Recipe, plan: Plan, batches: list
     if len(sizes) > 1:
         raise UnsupportedSpec(f"input ranges by timestep with {sorted(sizes)} entries: one size for the whole model")
     whole = any(isinstance(t, WholeTransform) for t in recipe.transforms)
-    if recipe.trainer or recipe.allocator or recipe.splitter or whole:
-        raise UnsupportedSpec("input ranges by timestep do not go with a trainer, allocator, splitter or rotation yet")
+    if recipe.allocator or recipe.splitter or whole:
+        raise UnsupportedSpec("input ranges by timestep do not go with an allocator, splitter or rotation yet")
     parameters_of(model)
     if any(NAME not in b for b in batches):
         raise CalibrationError("input ranges by timestep need batches with the model's `timestep`, [] or [B]")

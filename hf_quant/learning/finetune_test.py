@@ -1,6 +1,7 @@
 """`finetune`, from Python and from the command line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from typer.testing import CliRunner
 import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.cli.app import app
-from hf_quant.errors import NotSupported, RunError, UnsupportedModel, UnsupportedSpec
+from hf_quant.errors import ConfigError, NotSupported, RunError, UnsupportedModel, UnsupportedSpec
 from hf_quant.recipe import Job, Recipe
 from hf_quant.spec import act_spec, int_spec
+from hf_quant.stages.reconstruction import FisherMse
 from hf_quant.testing.subjects import SUBJECTS
 
 
@@ -41,8 +43,44 @@ def test_only_methods_that_train(tmp_path: Path) -> None:
 
 def test_what_the_loop_cannot_train_is_refused_before_work() -> None:
     trainer = QuantConfig("lsq").quantizer().trainer
-    with pytest.raises(UnsupportedSpec, match="cannot have inputs too"):
-        Recipe(weights=int_spec(4), inputs=act_spec(), trainer=trainer).quantize(llama(), Job(data=tokens()))
+    repairs = QuantConfig("lqer").quantizer().repairs
+    with pytest.raises(UnsupportedSpec, match="cannot have repairs too"):
+        Recipe(weights=int_spec(4), repairs=repairs, trainer=trainer).quantize(llama(), Job(data=tokens()))
+    smooth = replace(act_spec(), power=0.5)
+    with pytest.raises(UnsupportedSpec, match="scales for columns cannot be trained with"):
+        Recipe(weights=int_spec(4), inputs=smooth, trainer=trainer).quantize(llama(), Job(data=tokens()))
+    with pytest.raises(ConfigError, match="FisherMse needs gradients"):
+        replace(trainer, loss=FisherMse())
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_inputs_are_rounded_while_it_trains(static: bool) -> None:
+    """What was trained is what runs, and a static step that is learned moves."""
+    trainer = replace(QuantConfig("lsq", steps=2).quantizer().trainer, input_lr=0.1 * static)
+    recipe = Recipe(weights=int_spec(4, 32), inputs=act_spec(4, static=static), trainer=trainer)
+    models = [llama(), llama()]
+    report = recipe.finetune(models[0], Job(data=tokens(), progress=False))
+    replace(recipe, trainer=None).quantize(models[1], Job(data=tokens(), progress=False))
+    assert report.training["logit_difference"] < 1e-4 * report.training["logits"]
+    layers = [m.get_submodule("model.layers.0.mlp.up_proj") for m in models]
+    assert layers[0].layer.inputs == layers[1].layer.inputs == recipe.inputs
+    if static:
+        moved = float((layers[0].input_scale / layers[1].input_scale).log().abs())
+        assert 0.05 < moved < 0.25
+
+
+def test_rows_that_cannot_be_put_together_are_refused() -> None:
+    batches = [{"input_ids": tokens()[:4]}, {"input_ids": tokens()[:4], "attention_mask": torch.ones(4, 32).long()}]
+    with pytest.raises(UnsupportedModel, match="differ in their shapes or in what they hold"):
+        hf_quant.finetune(llama(), QuantConfig("lsq", steps=1, group_size=32), batches, progress=False)
+
+
+def test_the_config_is_as_it_was() -> None:
+    """The Trainer turns the cache off in the config, and models would be saved so."""
+    model = llama()
+    before = model.config.use_cache
+    hf_quant.finetune(model, QuantConfig("lsq", bits=4, group_size=32, steps=1), tokens(), progress=False)
+    assert model.config.use_cache == before
 
 
 def test_one_training_takes_one_rounding() -> None:

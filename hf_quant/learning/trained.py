@@ -7,16 +7,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hf_quant.capture import run_model
+from hf_quant.capture import answer, run_model
+from hf_quant.diffusion.timesteps import Timed
 from hf_quant.errors import UnsupportedModel
 from hf_quant.install import install
+from hf_quant.learning.tuning import fitted
 from hf_quant.plan import Plan
 from hf_quant.recipe import Job
 from hf_quant.report import Entry
 from hf_quant.rewriting.rewrite import float_weight
 from hf_quant.running.distributed import processes
 from hf_quant.running.progress import track
-from hf_quant.runtime.packed import Packed
 from hf_quant.solve import Solved, relative_error
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.trainer import Trainer
@@ -30,12 +31,14 @@ def train(
     batches: Sequence[Batch],
     job: Job,
     entries: Sequence[Entry],
+    timed: Timed | None = None,
 ) -> tuple[list[Entry], dict[str, float]]:
     """Train the sites whose recipe has this trainer, from the codes that the solver left in `model`.
 
     Args:
         floats: every site's float layer, as it was.
         entries: of the loop.
+        timed: the clock that tables of input ranges read, where there are any.
 
     Returns:
         The entries with the errors after training, and what the trainer measured.
@@ -52,9 +55,7 @@ def train(
     model.to(device)  # all of it: a gradient runs through the whole model
     start = {}
     for name in plans:
-        packed = model.get_submodule(name)
-        assert isinstance(packed, Packed)  # noqa: S101  the loop has installed it
-        start[name] = packed.qtensor()
+        start[name] = fitted(model.get_submodule(name))
         model.set_submodule(name, floats[name].to(device))
     folder = None if job.run_dir is None else job.run_dir / "training"
     for _ in track([trainer], description="training", enabled=job.progress):
@@ -75,7 +76,10 @@ def train(
                 seconds=(of[name + ".weight"].seconds or 0) + seconds,
             )
             of[entry.name] = entry
-            install(model, site, Solved(q, branches, None, None, entry))
+            inputs, ranges = start[name].inputs, trained.input_ranges.get(name)
+            install(model, site, Solved(q, branches, inputs, ranges, entry))
+        if timed is not None:
+            timed.give(model)
         for name, vector in trained.kept.items():
             model.get_parameter(name).copy_(vector)
         measured = trained.measured | _difference(model, trained.probe)
@@ -88,5 +92,5 @@ def _difference(model: nn.Module, probe: tuple[Batch, Tensor] | None) -> dict[st
     if probe is None:
         return {}
     batch, said = probe
-    now = run_model(model, batch, said.device).logits
+    now = answer(run_model(model, batch, said.device))
     return {"logits": float(said.abs().max()), "logit_difference": float((now - said).abs().max())}

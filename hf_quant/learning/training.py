@@ -1,4 +1,4 @@
-"""Training by transformers' Trainer: the student has fake-quantized weights, the teacher is the same model without.
+"""Training by transformers' Trainer: the student has fake-quantized weights and inputs, the teacher is it without.
 
 Only what the roundings learn is trained and kept in checkpoints; everything else of the Trainer (accelerate, schedules,
 clipping, resuming with the state of optimizer and generators) is as it comes. Without dropout: the student is the model
@@ -17,38 +17,52 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_quant.errors import RunError
+from hf_quant.capture import answer
+from hf_quant.errors import RunError, UnsupportedModel
 from hf_quant.integrations.recomputing import recompute_activations
 from hf_quant.learning.kept import Offset, offsets, remove, settled
-from hf_quant.qtensor import QTensor
 from hf_quant.running.progress import inner
-from hf_quant.stages.fakequant import FakeQuant
+from hf_quant.runtime.clock import NAME
+from hf_quant.stages.fakequant import FakeQuant, Learned
+from hf_quant.stages.reconstruction import InputQuant
 from hf_quant.stages.sampler import Batch, model_inputs_of
 from hf_quant.stages.trainer import Qat, Trained
+from hf_quant.stages.tuner import Fitted
 
 FILE = "rounding.safetensors"
 HISTORY = "history"  # [steps, 2]: loss and tokens of every step, beside what is learned
+ENTRY = "@" + NAME  # of a row: its entry in tables by timestep
 PADDING = {"labels": -100}  # of rows that are shorter than others of their batch; else 0
 
 
 class Student(nn.Module):
     """A parametrization that can be turned off: the weight as it was is the teacher's. Transposed for Conv1D.
 
+    So can what rounds the layer's inputs, `inputs`, a pre-hook of the layer.
+
     The rounding is computed again in the backward pass: kept, its steps would take several times the weight's memory.
     """
 
-    def __init__(self, fake: FakeQuant, transposed: bool) -> None:
+    def __init__(self, fake: FakeQuant, inputs: InputQuant | None, transposed: bool) -> None:
         super().__init__()
-        self.fake, self.transposed, self.on = fake, transposed, True
+        self.fake, self.inputs, self.transposed, self.on = fake, inputs, transposed, True
+
+    def learned(self) -> list[Learned]:
+        """Of the weight and of the inputs."""
+        return [*self.fake.learned(), *(() if self.inputs is None else self.inputs.learned())]
+
+    def round_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The hook."""
+        return args if self.inputs is None or not self.on else (self.inputs(args[0]), *args[1:])
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded weight, in the type of the weight."""
@@ -64,7 +78,7 @@ class Student(nn.Module):
 def train(
     how: Qat,
     model: nn.Module,
-    start: Mapping[str, QTensor],
+    start: Mapping[str, Fitted],
     batches: Sequence[Batch],
     seed: int,
     folder: Path | None,
@@ -74,38 +88,44 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     students: dict[str, Student] = {}
     vectors: dict[str, Offset] = {}
+    hooks: list[RemovableHandle] = []
     modules = {name: model.get_submodule(name) for name in start}
     was = {n: p.requires_grad for n, p in model.named_parameters()}
     training = model.training
     model.requires_grad_(False)
     if how.gradient_checkpointing:
         recompute_activations(model)
-    with tempfile.TemporaryDirectory() as scratch, torch.enable_grad(), _own_generators():
+    with tempfile.TemporaryDirectory() as scratch, torch.enable_grad(), _own_generators(), _own_cache(model):
         try:
             vectors = offsets(model) if how.lr_norms else {}
-            for name, q in start.items():
+            rows = _rows(batches)
+            for name, fitted in start.items():
                 module = modules[name]
                 transposed = not isinstance(module, nn.Linear)
                 weight: Tensor = module.weight  # type: ignore[assignment]
                 with torch.no_grad():
-                    fake = how.rounding.start(weight.T if transposed else weight, q, generator)
-                students[name] = Student(fake.to(weight.device), transposed)
+                    fake = how.rounding.start(weight.T if transposed else weight, fitted.q, generator)
+                inputs = None if fitted.inputs is None else InputQuant(fitted, 1.0, how.input_lr, generator)
+                students[name] = Student(fake, inputs, transposed).to(weight.device)
+                hooks.append(module.register_forward_pre_hook(students[name].round_input))
                 parametrize.register_parametrization(module, "weight", students[name], unsafe=True)
-            rows = _rows(batches)
             trainer = _Trainer(
                 how, model, students, vectors, rows, seed, folder or Path(scratch), keep=folder is not None
             )
             history = trainer.run()
             probe = _collate(rows[:1])
             with torch.no_grad():
-                said = (probe, model.eval()(**trainer._prepare_inputs(dict(probe))).logits)
+                said = (probe, answer(trainer.run_model(model.eval(), trainer._prepare_inputs(dict(probe)))))
                 weights = {n: s.fake.export(_original(modules[n], s)) for n, s in students.items()}
             branches = {n: b for n, s in students.items() if (b := s.fake.branch()) is not None}
+            ranges = {n: found for n, s in students.items() if s.inputs and (found := s.inputs.fitted()) is not None}
             kept = settled(model, vectors)
             learned = [p for group in trainer.optimizer.param_groups for p in group["params"]]
             state = [t for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
         finally:
             remove(model, vectors)
+            for hook in hooks:
+                hook.remove()
             for name in students:
                 module = modules[name]
                 if parametrize.is_parametrized(module, "weight"):
@@ -124,7 +144,7 @@ def train(
         "trained": float(sum(p.numel() for p in learned)),
         "optimizer_bytes": float(sum(t.numel() * t.element_size() for t in state)),
     }
-    return Trained(weights, measured, branches, said, kept)
+    return Trained(weights, measured, branches, ranges, said, kept)
 
 
 def _original(module: nn.Module, student: Student) -> Tensor:
@@ -133,18 +153,38 @@ def _original(module: nn.Module, student: Student) -> Tensor:
 
 
 def _rows(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """Micro-batches as single samples."""
-    inputs = [model_inputs_of(b) for b in batches]
-    return [{k: v[i] for k, v in b.items()} for b in inputs for i in range(len(next(iter(b.values()))))]
+    """Micro-batches as single samples.
+
+    Raises:
+        UnsupportedModel: they cannot be taken apart, or not be put together again.
+    """
+    rows = []
+    for batch in batches:
+        own = {n: v for n, v in batch.items() if n == ENTRY or not n.startswith("@")}
+        count = len(next(iter(own.values())))
+        if shared := [n for n, v in own.items() if not v.dim() or len(v) != count]:
+            raise UnsupportedModel(f"training takes rows one by one, and {shared[0]!r} of the data is shared by several")
+        rows += [{n: v[i] for n, v in own.items()} for i in range(count)]
+    kinds = {tuple((n, v.shape[v.dim() and "input_ids" in row :]) for n, v in row.items()) for row in rows}
+    if len(kinds) > 1:
+        raise UnsupportedModel("training takes rows of one kind, and these differ in their shapes or in what they hold")
+    return rows
 
 
 def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """One batch of rows, shorter ones padded on the right (and masked)."""
-    batch = {n: pad_sequence([r[n] for r in rows], True, PADDING.get(n, 0)) for n in rows[0]}
-    lengths = torch.tensor([len(next(iter(r.values()))) for r in rows])
-    if "input_ids" in batch and "attention_mask" not in batch and len(lengths.unique()) > 1:
-        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    columns = {n: [r[n] for r in rows] for n in rows[0]}
+    batch = {n: pad_sequence(c, True, PADDING.get(n, 0)) if c[0].dim() else torch.stack(c) for n, c in columns.items()}
+    if "input_ids" in batch and "attention_mask" not in batch:
+        lengths = torch.tensor([len(ids) for ids in columns["input_ids"]])
+        if len(lengths.unique()) > 1:
+            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     return batch
+
+
+def _size(inputs: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch; rows of a model that takes none."""
+    return inputs["input_ids"].numel() if "input_ids" in inputs else len(next(iter(inputs.values())))
 
 
 class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
@@ -208,7 +248,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         """AdamW, a group a learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for student in self.students.values():
-            for parameter, rate in student.fake.learned():
+            for parameter, rate in student.learned():
                 groups.setdefault(rate, []).append(parameter)
         if self.vectors:
             groups.setdefault(self.how.lr_norms, []).extend(v.offset for v in dict.fromkeys(self.vectors.values()))
@@ -225,28 +265,34 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         num_items_in_batch: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         """The loss of `Qat`, and the penalties of the roundings."""
-        distill, mask = self.how.distill, inputs.get("attention_mask")
+        how, distill, mask = self.how, self.how.distill, inputs.get("attention_mask")
         _as_evaluated(model)
         if distill < 1 and "labels" not in inputs and "input_ids" in inputs:
             ids = inputs["input_ids"]
             inputs = {**inputs, "labels": ids if mask is None else ids.masked_fill(mask == 0, -100)}
-        out = model(**inputs)
-        loss = torch.zeros((), device=out.logits.device)
+        out = self.run_model(model, inputs)
+        mine, of = answer(out), ... if mask is None else mask != 0
+        loss = torch.zeros((), device=mine.device)
         if distill > 0:
             with torch.no_grad(), self._teacher():
-                target = model(**inputs).logits.float().log_softmax(-1)
-            mine = out.logits.float().log_softmax(-1)
-            away = F.kl_div(mine, target, log_target=True, reduction="none").sum(-1)
-            loss = distill * (away.mean() if mask is None else away[mask != 0].mean())
+                target = how.loss.remember(answer(self.run_model(model, inputs))[of])
+            loss = distill * how.loss.loss(mine[of], target, None)
         if distill < 1:
             loss = loss + (1 - distill) * out.loss
-        self._keep(float(loss.detach()), float(next(iter(inputs.values())).numel() if mask is None else mask.sum()))
+        self._keep(float(loss.detach()), float(_size(inputs) if mask is None else mask.sum()))
         progress = self.state.global_step / max(1, self.how.steps)
         for student in self.students.values():
             penalty = student.fake.anneal(progress)
             if penalty is not None:
                 loss = loss + penalty
         return (loss, out) if return_outputs else loss
+
+    def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> Any:  # noqa: ANN401
+        """One forward; tables are read at the timesteps of these rows."""
+        for student in self.students.values():
+            if student.inputs is not None:
+                student.inputs.entry_B = inputs.get(ENTRY)
+        return model(**model_inputs_of(inputs))
 
     def _keep(self, loss: float, tokens: float) -> None:
         if not math.isfinite(loss):
@@ -286,7 +332,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         rounded = {
             f"{site}.{i}": parameter.data
             for site, student in self.students.items()
-            for i, (parameter, _) in enumerate(student.fake.learned())
+            for i, (parameter, _) in enumerate(student.learned())
         }
         return rounded | {path: vector.offset.data for path, vector in self.vectors.items()}
 
@@ -326,6 +372,20 @@ def _own_generators() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextmanager
+def _own_cache(model: nn.Module) -> Iterator[None]:
+    """The Trainer writes `use_cache` into the model's config, even where there was none; it is put back."""
+    config: Any = getattr(model, "config", None)
+    had, before = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if had:
+            config.use_cache = before
+        elif hasattr(config, "use_cache"):
+            del config.use_cache
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,13 +62,19 @@ class FisherMse:
 
 @dataclass(frozen=True, slots=True)
 class Kl:
-    """KL divergence of the logits' distributions, full precision || quantized: for whole models."""
+    """KL divergence of the logits' distributions, full precision || quantized: for whole models.
 
+    Attributes:
+        kept: type of the log-probabilities that are cached; float16 is half the room, and wrong by less than 0.01 each.
+    """
+
+    kept: Literal["float16", "float32"] = "float16"
     gradients: ClassVar[bool] = False
 
     def remember(self, out: Tensor) -> Tensor:
-        """Log-probabilities in float16: half the room, and wrong by less than 0.01 each."""
-        return out.float().log_softmax(-1).half()
+        """Log-probabilities."""
+        log_p = out.float().log_softmax(-1)
+        return log_p.half() if self.kept == "float16" else log_p
 
     def loss(self, out: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Mean over tokens."""

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from hf_quant.errors import ConfigError
 from hf_quant.qtensor import QTensor
+from hf_quant.runtime.activation import refuses as refuses_inputs
 from hf_quant.runtime.branches import Branch
 from hf_quant.spec import Spec
 from hf_quant.stages.fakequant import Rounding
+from hf_quant.stages.reconstruction import Kl
 from hf_quant.stages.sampler import Batch
+from hf_quant.stages.tuner import Fitted, UnitLoss
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,13 +27,15 @@ class Trained:
         measured: "steps", "tokens", "first_loss", "last_loss" (of ten steps), "seconds", "trained" (values that were),
             "optimizer_bytes". The loop adds "logits" (the largest there is on the probe) and "logit_difference".
         branches: site -> what was trained beside the codes.
-        probe: one batch and the logits of the student when training ended: what the packed model has to say of it.
+        input_ranges: site -> (scale, zero) of its input, `[entries, 1]`, where that is static.
+        probe: one batch and the answer of the student when training ended: what the packed model has to say of it.
         kept: vectors that stay in full precision and were trained too, by the parameter's name.
     """
 
     weights: dict[str, QTensor]
     measured: dict[str, float]
     branches: dict[str, Branch] = field(default_factory=dict)
+    input_ranges: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     probe: tuple[Batch, Tensor] | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
 
@@ -38,13 +43,13 @@ class Trained:
 class Trainer(Protocol):
     """Trains the weights (or low-rank terms, or scales) of a float model so that rounding them loses little."""
 
-    def refuses(self, model: nn.Module, spec: Spec) -> str | None:
-        """None when it can train this model for this spec, else the reason (asked at plan time)."""
+    def refuses(self, model: nn.Module, weights: Spec, inputs: Spec | None) -> str | None:
+        """None when it can train such layers of this model, else the reason (asked at plan time)."""
 
     def train(
         self,
         model: nn.Module,
-        start: Mapping[str, QTensor],
+        start: Mapping[str, Fitted],
         batches: Sequence[Batch],
         seed: int,
         folder: Path | None = None,
@@ -61,13 +66,17 @@ class Trainer(Protocol):
 class Qat:
     """The one trainer: whatever a rounding learns, against the model's own full precision, by transformers' Trainer.
 
-    `loss = distill KL(teacher || student) + (1 - distill) (the model's own loss)`; the teacher is the same model with
-    its weights as they were, so it takes no memory. Learning rates are the rounding's own (`FakeQuant.learned`).
+    `distill loss(student, teacher) + (1 - distill) (the model's own loss)`; the teacher is the same model with its
+    weights as they were and its inputs not rounded, so it takes no memory. Learning rates are the rounding's own
+    (`FakeQuant.learned`).
 
     Attributes:
         rounding: how a weight is parametrized.
+        loss: how far the student's answer (logits, or what else a model puts out) is from the teacher's.
+        input_lr: learning rate of the logarithm of static input steps, each entry of a table by timestep has its own;
+            0 leaves them as they were fitted.
         steps: optimizer steps.
-        batch_size: sequences a step.
+        batch_size: sequences (or whatever a row of the data is) a step.
         distill: weight of the teacher, 0 to 1; 0: no teacher runs.
         schedule: of the learning rates, after a warm-up over the first tenth.
         clip: largest norm of the gradient.
@@ -77,6 +86,8 @@ class Qat:
     """
 
     rounding: Rounding
+    loss: UnitLoss = Kl(kept="float32")
+    input_lr: float = 0.0
     steps: int = 200
     batch_size: int = 8
     distill: float = 1.0
@@ -95,17 +106,21 @@ class Qat:
             raise ConfigError(f"lr_norms={self.lr_norms!r}: a learning rate, 0 (norms stay as they are) or above")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ConfigError(f"schedule={self.schedule!r}: linear, cosine or constant")
+        if self.loss.gradients:
+            raise ConfigError(f"{type(self.loss).__name__} needs gradients of cached outputs; train with Kl or Mse")
 
-    def refuses(self, model: nn.Module, spec: Spec) -> str | None:
+    def refuses(self, model: nn.Module, weights: Spec, inputs: Spec | None) -> str | None:
         """What the rounding refuses, and models that cannot compute activations again when that is asked for."""
         if self.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
             return f"{type(model).__name__} has no gradient checkpointing"
-        return self.rounding.refuses(spec)
+        if inputs is not None and inputs.power != 1:
+            return "inputs with scales for columns cannot be trained with"
+        return self.rounding.refuses(weights) or refuses_inputs(inputs)
 
     def train(
         self,
         model: nn.Module,
-        start: Mapping[str, QTensor],
+        start: Mapping[str, Fitted],
         batches: Sequence[Batch],
         seed: int,
         folder: Path | None = None,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_quant.plugins.diffusion.efficientdm import MergedLora, Single
 from hf_quant.plugins.rounding.gptq import Gptq
 from hf_quant.plugins.training.l4q import L4q
 from hf_quant.plugins.training.lr_qat import LrQat
@@ -13,7 +14,7 @@ from hf_quant.stages.fakequant import Clipped, Straight
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stages.range import AbsMaxRange
 
-ROUNDINGS = [Lsq(), LrQat(rank=4), LrQat(rank=4, frozen="float32"), L4q(rank=4), Qlora(rank=4)]
+ROUNDINGS = [Lsq(), LrQat(rank=4), LrQat(rank=4, frozen="float32"), L4q(rank=4), Qlora(rank=4), MergedLora(4, Single(0.01))]
 SPECS = [
     int_spec(2, 16),
     int_spec(3, 20),
