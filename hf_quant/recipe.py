@@ -58,7 +58,8 @@ class Job:
 
 
 HOW_TO_TRAIN = (
-    "use a method that does (lsq, lr-qat, l4q, qlora; of diffusion efficientdm), or quantize the model and train an adapter on it with PEFT"
+    "use a method that does (lsq, lr-qat, l4q, qlora; of diffusion efficientdm), or quantize the model and train an "
+    "adapter on it with PEFT"
 )
 
 

@@ -163,7 +163,9 @@ def _rows(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
         own = {n: v for n, v in batch.items() if n == ENTRY or not n.startswith("@")}
         count = len(next(iter(own.values())))
         if shared := [n for n, v in own.items() if not v.dim() or len(v) != count]:
-            raise UnsupportedModel(f"training takes rows one by one, and {shared[0]!r} of the data is shared by several")
+            raise UnsupportedModel(
+                f"training takes rows one by one, and {shared[0]!r} of the data is shared by several"
+            )
         rows += [{n: v[i] for n, v in own.items()} for i in range(count)]
     kinds = {tuple((n, v.shape[v.dim() and "input_ids" in row :]) for n, v in row.items()) for row in rows}
     if len(kinds) > 1:

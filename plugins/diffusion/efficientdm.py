@@ -5,9 +5,9 @@
     min E ||eps_q(x_t, t) - eps(x_t, t)||^2   over x_t of the full-precision model's own denoising, from noise
 
 Shapes: W_NK weight, a convolution's unfolded; A `[r, K]`, B `[N, r]`; s, z `[N, G]`; s_x, z_x `[ranges, 1]`, a table.
-Differs from the paper: the trajectories are drawn once, and a step of the optimizer sees rows of many timesteps; weights
-have a scale for every `group_size` columns; step sizes are learned relative to where they begin, z_x not at all; `lr` is
-that of some hundred steps (the paper: 1 / 2500 for 16000); first and last layers get 8 bits by `overrides`.
+Differs from the paper: trajectories are drawn once, and a step of the optimizer sees rows of many timesteps; weights
+have a scale for every `group_size` columns; step sizes are learned relative to where they begin, z_x not at all; `lr`
+is that of some hundred steps (the paper: 1 / 2500 for 16000); first and last layers get 8 bits by `overrides`.
 """
 
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ class MergedLora:
     """Low-rank terms merged into the weight before it is rounded."""
 
     rank: int = 32
-    rate: Rate = ScaleAware(1e-2)
+    rate: Rate = ScaleAware(3e-2)
     lr_scale: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ def efficientdm(
     rank: int = 32,
     steps: int = 300,
     batch_size: int = 8,
-    lr: float = 1e-2,
+    lr: float = 3e-2,
     lr_scale: float = 1e-3,
     input_lr: float = 5e-3,
     calibration_steps: int = 20,
@@ -155,6 +155,10 @@ def efficientdm(
         range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
         input_range=TimedRange(MseClip(steps=clip_steps, floor=0.3, power=2.0)),
         trainer=Qat(
-            MergedLora(rank, ScaleAware(lr), lr_scale), loss=Mse(), input_lr=input_lr, steps=steps, batch_size=batch_size
+            MergedLora(rank, ScaleAware(lr), lr_scale),
+            loss=Mse(),
+            input_lr=input_lr,
+            steps=steps,
+            batch_size=batch_size,
         ),
     )

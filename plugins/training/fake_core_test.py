@@ -14,7 +14,14 @@ from hf_quant.stages.fakequant import Clipped, Straight
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stages.range import AbsMaxRange
 
-ROUNDINGS = [Lsq(), LrQat(rank=4), LrQat(rank=4, frozen="float32"), L4q(rank=4), Qlora(rank=4), MergedLora(4, Single(0.01))]
+ROUNDINGS = [
+    Lsq(),
+    LrQat(rank=4),
+    LrQat(rank=4, frozen="float32"),
+    L4q(rank=4),
+    Qlora(rank=4),
+    MergedLora(4, Single(0.01)),
+]
 SPECS = [
     int_spec(2, 16),
     int_spec(3, 20),
