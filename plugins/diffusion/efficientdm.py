@@ -16,14 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.diffusion.timed_inputs import timed_inputs
 from hf_quant.plugins.diffusion.timed_rows import TimedRange
 from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive, ratio_rate
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
-from hf_quant.spec import Spec, act_spec, int_spec
+from hf_quant.spec import Spec, int_spec
 from hf_quant.stages.fakequant import Clipped, FakeQuant, Learned, bounds, latent, refuses_grid, stored, values_of
 from hf_quant.stages.reconstruction import Mse
 from hf_quant.stages.trainer import Qat
@@ -144,13 +144,9 @@ def efficientdm(
     `lr` is of the low-rank terms in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps,
     `input_lr` of the logarithm of intervals.
     """
-    if type(ranges) is not int or ranges < 1:
-        raise ConfigError(f"ranges={ranges!r}: timesteps with an interval of their own, 1 or more")
-    a = act_spec(act_bits, static=True, symmetric=False)
-    entries = min(ranges, calibration_steps)
     return Recipe(
         weights=int_spec(bits, group_size),
-        inputs=Spec(grid=a.grid, block=a.block, index="timestep", entries=entries, scale=a.scale, zero=a.zero),
+        inputs=timed_inputs(act_bits, ranges, calibration_steps),
         sampler=Trajectories(steps=calibration_steps, samples=samples, batch_size=8),
         range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
         input_range=TimedRange(MseClip(steps=clip_steps, floor=0.3, power=2.0)),
