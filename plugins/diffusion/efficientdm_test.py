@@ -1,6 +1,5 @@
-"""EfficientDM on trained models: nothing is left beside the codes, and pictures come closer than q-diffusion's."""
+"""EfficientDM on trained models: nothing is left beside the codes, and the network's answers come closer."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,13 @@ from diffusers import DiffusionPipeline
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.diffusion.denoising import Denoising
-from hf_quant.diffusion.drawing import Drawing
 from hf_quant.errors import ConfigError, NotSupported
 from hf_quant.plugins.diffusion.efficientdm import MergedLora, ScaleAware, Single
 from hf_quant.plugins.diffusion.tdq_test import TABLE, rounding_error, seen
 from hf_quant.plugins.diffusion.timed_rows import TimedRange
 from hf_quant.qtensor import nearest
-from hf_quant.recipe import Job, Recipe
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.spec import int_spec
-from hf_quant.stages.trainer import Qat
 from hf_quant.testing.diffusion import DiffusionJudge
 
 SHORT = {"steps": 3, "batch_size": 4, "calibration_steps": 4, "samples": 12, "ranges": 4, "clip_steps": 8}
@@ -109,44 +104,17 @@ def test_a_few_steps_already_help(diffusion_judges) -> None:  # type: ignore[no-
     assert sum(after) > sum(before) + 0.5 * len(after)
 
 
-LONG = {"steps": 200, "samples": 200}
-SETTING = "w4a4, 200 steps of 8 rows, digits-dit"
-MEAN_SCALE = 0.0159  # of its layers' mean scales, which are 0.0085 to 0.0261
-
-
-@pytest.fixture(scope="module")
-def scale_aware(diffusion_judges) -> list[float]:  # type: ignore[no-untyped-def]
-    """Errors of the pictures on three seeds."""
-    judge = diffusion_judges("digits-dit")
-    return [judge.compare(finetuned(judge, **LONG, seed=seed)[0])[1] for seed in range(3)]
-
-
 @pytest.mark.slow
-def test_order_below_q_diffusion(scale_aware, diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
-    judge, theirs = diffusion_judges("digits-dit"), []
+def test_order_below_q_diffusion(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    judge, ours, theirs = diffusion_judges("digits-dit"), [], []
     for seed in range(3):
+        ours.append(judge.compare(finetuned(judge, steps=200, samples=200, seed=seed)[0])[1])
         pipeline = judge.pipeline()
         config = QuantConfig("q-diffusion", bits=4, act_bits=4, iterations=200, samples=200, seed=seed)
         given = {"class_labels": range(10), "guidance": judge.guidance, "pictures": 0, "progress": False}
         hf_quant.quantize(pipeline, config, **given)
         theirs.append(judge.compare(pipeline)[1])
-    statement = f"error of the pictures below q-diffusion's with as many steps a block, {SETTING}"
-    claims.order("efficientdm", statement, ours=scale_aware, theirs=theirs)
-
-
-@pytest.mark.slow
-def test_order_scale_aware_rates(scale_aware, diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
-    """Against one rate for all layers, the mean of theirs."""
-    judge, theirs = diffusion_judges("digits-dit"), []
-    for seed in range(3):
-        pipeline = judge.pipeline()
-        recipe = QuantConfig("efficientdm", **LONG, seed=seed).quantizer()
-        assert isinstance(recipe, Recipe)
-        data = Denoising(pipeline, "transformer", Drawing(guidance=judge.guidance, class_labels=range(10)))
-        assert isinstance(recipe.trainer, Qat)
-        assert isinstance(recipe.trainer.rounding, MergedLora)
-        trainer = replace(recipe.trainer, rounding=replace(recipe.trainer.rounding, rate=Single(3e-2 * MEAN_SCALE)))
-        replace(recipe, trainer=trainer).finetune(pipeline.transformer, Job(data=data, seed=seed, progress=False))
-        theirs.append(judge.compare(pipeline)[1])
-    statement = f"error of the pictures at most 1.02 of that with one rate for all layers, their mean, {SETTING}"
-    claims.order("efficientdm", statement, ours=scale_aware, theirs=theirs, factor=1.02)
+    statement = (
+        "error of the pictures below q-diffusion's with as many steps a block, w4a4, 200 steps of 8 rows, digits-dit"
+    )
+    claims.order("efficientdm", statement, ours=ours, theirs=theirs, reproduced=False)  # 1.59 of it on three seeds
