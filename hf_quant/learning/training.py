@@ -20,19 +20,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_quant.capture import answer
-from hf_quant.errors import RunError, UnsupportedModel
+from hf_quant.errors import RunError
 from hf_quant.integrations.recomputing import recompute_activations
 from hf_quant.learning.kept import Offset, offsets, remove, settled
+from hf_quant.learning.rows import ENTRY, collate, rows_of, size_of
+from hf_quant.learning.student import Student
 from hf_quant.running.progress import inner
-from hf_quant.runtime.clock import NAME
-from hf_quant.stages.fakequant import FakeQuant, Learned
 from hf_quant.stages.reconstruction import InputQuant
 from hf_quant.stages.sampler import Batch, model_inputs_of
 from hf_quant.stages.trainer import Qat, Trained
@@ -40,39 +38,6 @@ from hf_quant.stages.tuner import Fitted
 
 FILE = "rounding.safetensors"
 HISTORY = "history"  # [steps, 2]: loss and tokens of every step, beside what is learned
-ENTRY = "@" + NAME  # of a row: its entry in tables by timestep
-PADDING = {"labels": -100}  # of rows that are shorter than others of their batch; else 0
-
-
-class Student(nn.Module):
-    """A parametrization that can be turned off: the weight as it was is the teacher's. Transposed for Conv1D.
-
-    So can what rounds the layer's inputs, `inputs`, a pre-hook of the layer.
-
-    The rounding is computed again in the backward pass: kept, its steps would take several times the weight's memory.
-    """
-
-    def __init__(self, fake: FakeQuant, inputs: InputQuant | None, transposed: bool) -> None:
-        super().__init__()
-        self.fake, self.inputs, self.transposed, self.on = fake, inputs, transposed, True
-
-    def learned(self) -> list[Learned]:
-        """Of the weight and of the inputs."""
-        return [*self.fake.learned(), *(() if self.inputs is None else self.inputs.learned())]
-
-    def round_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The hook."""
-        return args if self.inputs is None or not self.on else (self.inputs(args[0]), *args[1:])
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The rounded weight, in the type of the weight."""
-        if not self.on:
-            return weight
-        W_NK = weight.T if self.transposed else weight
-        again = torch.is_grad_enabled()
-        rounded: Tensor = checkpoint(self.fake, W_NK, use_reentrant=False) if again else self.fake(W_NK)
-        W_NK = rounded.to(weight.dtype)
-        return W_NK.T if self.transposed else W_NK
 
 
 def train(
@@ -98,7 +63,7 @@ def train(
     with tempfile.TemporaryDirectory() as scratch, torch.enable_grad(), _own_generators(), _own_cache(model):
         try:
             vectors = offsets(model) if how.lr_norms else {}
-            rows = _rows(batches)
+            rows = rows_of(batches)
             for name, fitted in start.items():
                 module = modules[name]
                 transposed = not isinstance(module, nn.Linear)
@@ -113,7 +78,7 @@ def train(
                 how, model, students, vectors, rows, seed, folder or Path(scratch), keep=folder is not None
             )
             history = trainer.run()
-            probe = _collate(rows[:1])
+            probe = collate(rows[:1])
             with torch.no_grad():
                 said = (probe, answer(trainer.run_model(model.eval(), trainer._prepare_inputs(dict(probe)))))
                 weights = {n: s.fake.export(_original(modules[n], s)) for n, s in students.items()}
@@ -142,7 +107,7 @@ def train(
         "last_loss": sum(loss for loss, _ in history[-10:]) / len(history[-10:]),
         "seconds": time.perf_counter() - started,
         "trained": float(sum(p.numel() for p in learned)),
-        "optimizer_bytes": float(sum(t.numel() * t.element_size() for t in state)),
+        "optimizer_bytes": float(sum(t.numel() * t.elementsize_of() for t in state)),
     }
     return Trained(weights, measured, branches, ranges, said, kept)
 
@@ -150,43 +115,6 @@ def train(
 def _original(module: nn.Module, student: Student) -> Tensor:
     weight: Tensor = module.parametrizations.weight.original  # type: ignore[union-attr, assignment]
     return weight.T if student.transposed else weight
-
-
-def _rows(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """Micro-batches as single samples.
-
-    Raises:
-        UnsupportedModel: they cannot be taken apart, or not be put together again.
-    """
-    rows = []
-    for batch in batches:
-        own = {n: v for n, v in batch.items() if n == ENTRY or not n.startswith("@")}
-        count = len(next(iter(own.values())))
-        if shared := [n for n, v in own.items() if not v.dim() or len(v) != count]:
-            raise UnsupportedModel(
-                f"training takes rows one by one, and {shared[0]!r} of the data is shared by several"
-            )
-        rows += [{n: v[i] for n, v in own.items()} for i in range(count)]
-    kinds = {tuple((n, v.shape[v.dim() and "input_ids" in row :]) for n, v in row.items()) for row in rows}
-    if len(kinds) > 1:
-        raise UnsupportedModel("training takes rows of one kind, and these differ in their shapes or in what they hold")
-    return rows
-
-
-def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch of rows, shorter ones padded on the right (and masked)."""
-    columns = {n: [r[n] for r in rows] for n in rows[0]}
-    batch = {n: pad_sequence(c, True, PADDING.get(n, 0)) if c[0].dim() else torch.stack(c) for n, c in columns.items()}
-    if "input_ids" in batch and "attention_mask" not in batch:
-        lengths = torch.tensor([len(ids) for ids in columns["input_ids"]])
-        if len(lengths.unique()) > 1:
-            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    return batch
-
-
-def _size(inputs: Mapping[str, Tensor]) -> int:
-    """Tokens of a batch; rows of a model that takes none."""
-    return inputs["input_ids"].numel() if "input_ids" in inputs else len(next(iter(inputs.values())))
 
 
 class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
@@ -225,7 +153,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             use_cpu=next(model.parameters()).device.type == "cpu",
             remove_unused_columns=False,
         )
-        super().__init__(model, arguments, train_dataset=rows, data_collator=_collate, callbacks=[_Steps(self)])
+        super().__init__(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[_Steps(self)])
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.can_return_loss = True
@@ -281,7 +209,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             loss = distill * how.loss.loss(mine[of], target, None)
         if distill < 1:
             loss = loss + (1 - distill) * out.loss
-        self._keep(float(loss.detach()), float(_size(inputs) if mask is None else mask.sum()))
+        self._keep(float(loss.detach()), float(size_of(inputs) if mask is None else mask.sum()))
         progress = self.state.global_step / max(1, self.how.steps)
         for student in self.students.values():
             penalty = student.fake.anneal(progress)

@@ -62,24 +62,18 @@ class FisherMse:
 
 @dataclass(frozen=True, slots=True)
 class Kl:
-    """KL divergence of the logits' distributions, full precision || quantized: for whole models.
+    """KL divergence of the logits' distributions, full precision || quantized: for whole models."""
 
-    Attributes:
-        kept: type of the log-probabilities that are cached; float16 is half the room, and wrong by less than 0.01 each.
-    """
-
-    kept: Literal["float16", "float32"] = "float16"
+    kept: Literal["float16", "float32"] = "float16"  # what is cached: half the room, and wrong by less than 0.01 each
     gradients: ClassVar[bool] = False
 
     def remember(self, out: Tensor) -> Tensor:
         """Log-probabilities."""
-        log_p = out.float().log_softmax(-1)
-        return log_p.half() if self.kept == "float16" else log_p
+        return out.float().log_softmax(-1).to(getattr(torch, self.kept))
 
     def loss(self, out: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Mean over tokens."""
-        log_q, log_p = out.float().log_softmax(-1), target.float()
-        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+        return F.kl_div(out.float().log_softmax(-1), target.float(), log_target=True, reduction="none").sum(-1).mean()
 
 
 class InputQuant(nn.Module):
@@ -287,7 +281,7 @@ class _Fit:
         how, learned = self.how, self._learned()
         least = begun = self.measure()
         best: list[Tensor] | None = None
-        if not how.steps or not learned:
+        if not (how.steps and learned):
             return False
         optimizer = torch.optim.Adam([{"params": [p], "lr": lr} for p, lr in learned])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, how.rate)

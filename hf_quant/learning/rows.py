@@ -1,0 +1,51 @@
+"""Rows: the samples that a training draws its batches from."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from hf_quant.errors import UnsupportedModel
+from hf_quant.runtime.clock import NAME
+from hf_quant.stages.sampler import Batch
+
+ENTRY = "@" + NAME  # of a row: its entry in tables by timestep
+PADDING = {"labels": -100}  # of rows that are shorter than others of their batch; else 0
+
+
+def rows_of(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """Micro-batches as single samples.
+
+    Raises:
+        UnsupportedModel: they cannot be taken apart, or not be put together again.
+    """
+    rows = []
+    for batch in batches:
+        own = {n: v for n, v in batch.items() if n == ENTRY or not n.startswith("@")}
+        count = len(next(iter(own.values())))
+        if shared := [n for n, v in own.items() if not v.dim() or len(v) != count]:
+            raise UnsupportedModel(
+                f"training takes rows one by one, and {shared[0]!r} of the data is shared by several"
+            )
+        rows += [{n: v[i] for n, v in own.items()} for i in range(count)]
+    kinds = {tuple((n, v.shape[v.dim() and "input_ids" in row :]) for n, v in row.items()) for row in rows}
+    if len(kinds) > 1:
+        raise UnsupportedModel("training takes rows of one kind, and these differ in their shapes or in what they hold")
+    return rows
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One batch of rows, shorter ones padded on the right (and masked)."""
+    columns = {n: [r[n] for r in rows] for n in rows[0]}
+    batch = {n: pad_sequence(c, True, PADDING.get(n, 0)) if c[0].dim() else torch.stack(c) for n, c in columns.items()}
+    if "input_ids" in batch and "attention_mask" not in batch:
+        lengths = torch.tensor([len(ids) for ids in columns["input_ids"]])
+        if len(lengths.unique()) > 1:
+            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return batch
+
+
+def size_of(inputs: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch; rows of a model that takes none."""
+    return inputs["input_ids"].numel() if "input_ids" in inputs else len(next(iter(inputs.values())))
