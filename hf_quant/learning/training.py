@@ -107,7 +107,7 @@ def train(
         "last_loss": sum(loss for loss, _ in history[-10:]) / len(history[-10:]),
         "seconds": time.perf_counter() - started,
         "trained": float(sum(p.numel() for p in learned)),
-        "optimizer_bytes": float(sum(t.numel() * t.elementsize_of() for t in state)),
+        "optimizer_bytes": float(sum(t.numel() * t.element_size() for t in state)),
     }
     return Trained(weights, measured, branches, ranges, said, kept)
 
