@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_quant.kernels.bench import cpu, decoding, linear, run, tables
+from hf_quant.kernels.bench import cpu, decoding, linear, operations, run, tables
 from hf_quant.kernels.bench.contenders import CONTENDERS, Contender
 from hf_quant.kernels.bench.cpu_peers import PEERS, Peer
 from hf_quant.kernels.bench.timing import interleaved
@@ -30,6 +30,7 @@ def measured() -> dict[str, Any]:
     return {
         "machine": {"device": "a test", "torch": torch.__version__},
         "decoding": decoding.measure(CPU, LATE, [dry[0], dry[1]], shapes={"tiny": decoding.TINY}, seconds=0),
+        "operations": operations.measure(CPU, LATE, shape=(256, 512), tokens=[1, 5], seconds=0),
         "linear": linear.measure(CPU, LATE, shapes=[(256, 512)], tokens=[1, 5], contenders=dry, seconds=0),
     }
 
@@ -52,12 +53,29 @@ def test_decoding(measured: dict[str, Any]) -> None:
     assert all(s > 0 for s in speeds.values())
 
 
+def test_operations_have_two_ways(measured: dict[str, Any]) -> None:
+    """On CPU, where Triton's own are told to be absent; `operations_triton_interpreted_test.py` runs those."""
+    found = measured["operations"]
+    rows = {(r["operation"], r["tokens"]): r["microseconds"] for r in found["rows"]}
+    assert set(rows) == {(o.name, count) for o in operations.OPERATIONS for count in (1, 5)}
+    assert all(min(times.values()) > 0 for times in rows.values())
+    assert set(found["absent"]) == {"tokens to int8: one pass", "Hadamard transform: butterflies"}
+    assert all(len(t) == 2 for (name, _), t in rows.items() if name not in ("tokens to int8", "Hadamard transform"))
+    text = tables.figures([measured])
+    times = rows["8 experts of W4 g128, 2 a token", 5]
+    gain = times["every expert on every token"] / times["one launch a matrix"]
+    assert "| every expert on every token over one launch a matrix |" in text
+    assert f"{gain:.2f} |" in text
+
+
 def test_what_there_is_no_time_for_is_listed() -> None:
     late = linear.measure(CPU, EARLY, shapes=[(16, 16)], tokens=[1], contenders=CONTENDERS[:1])
     assert late["rows"] == []
     assert late["left_out"] == [{"shape": [16, 16]}]
     late = decoding.measure(CPU, EARLY, CONTENDERS[:1], shapes={"tiny": decoding.TINY})
     assert late["left_out"] == [{"model": "tiny", "contender": "torch"}]
+    late = operations.measure(CPU, EARLY, operations=operations.OPERATIONS[:1])
+    assert late["left_out"] == [{"operation": operations.OPERATIONS[0].name}]
 
 
 def test_tables_come_from_the_json(measured: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def benchmarks(device_type: str, until: float) -> dict[str, Any]:
     """All figures of this machine."""
     import torch
 
-    from hf_quant.kernels.bench import decoding, linear
+    from hf_quant.kernels.bench import decoding, linear, operations
     from hf_quant.kernels.bench.contenders import CONTENDERS
     from hf_quant.kernels.bench.timing import machine
 
@@ -46,6 +46,8 @@ def benchmarks(device_type: str, until: float) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": machine(device)}
     # a quarter of the time for whole decoders, which are few
     result["decoding"] = decoding.measure(device, now + 0.25 * (until - now), end_to_end)
+    now = time.monotonic()
+    result["operations"] = operations.measure(device, now + 0.15 * (until - now))
     result["linear"] = linear.measure(device, until)
     return result
 

@@ -38,7 +38,14 @@ def _machine(result: Mapping[str, Any]) -> list[str]:
         table.append(["torch, microseconds", *(_number(r["microseconds"].get("torch")) for r in rows)])
         title = f"{shape[0]} x {shape[1]}, times torch's {result['linear']['dtype']} product; columns are tokens:\n\n"
         parts.append(title + _table(["", *(str(r["tokens"]) for r in rows)], table))
-    absent = result["linear"]["absent"]
+    operations = result["operations"]
+    names = list(dict.fromkeys(r["operation"] for r in operations["rows"]))
+    counts = list(dict.fromkeys(r["tokens"] for r in operations["rows"]))
+    found = {(r["operation"], r["tokens"]): list(r["microseconds"].items()) for r in operations["rows"]}
+    table = [[n, _ways(found.get((n, counts[0]))), *(_gain(found.get((n, c))) for c in counts)] for n in names]
+    title = f"Times the other way, {operations['shape'][0]} x {operations['shape'][1]}; columns are tokens:\n\n"
+    parts.append(title + _table(["", "", *map(str, counts)], table))
+    absent = result["linear"]["absent"] | operations["absent"]
     if absent:
         parts.append("Not there: " + "; ".join(f"{n} ({why})" for n, why in absent.items()) + ".")
     return parts
@@ -46,6 +53,14 @@ def _machine(result: Mapping[str, Any]) -> list[str]:
 
 def _speedup(times: Mapping[str, float], name: str) -> str:
     return f"{times['torch'] / times[name]:.2f}" if name in times and "torch" in times else ""
+
+
+def _ways(times: list[tuple[str, float]] | None) -> str:
+    return " over ".join(way for way, _ in reversed(times or []))
+
+
+def _gain(times: list[tuple[str, float]] | None) -> str:
+    return f"{times[-1][1] / times[0][1]:.2f}" if times and len(times) == 2 else ""
 
 
 def _number(value: float | None) -> str:
