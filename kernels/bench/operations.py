@@ -1,8 +1,9 @@
 """What stands around a product, and many experts: microseconds within the kernel's passes and by themselves."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def layers(
     dtype: torch.dtype,
     weights: Spec,
     inputs: Spec | None = None,
-    **extras: Any,  # noqa: ANN401
+    extras: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[QuantLinear]:
     """Layers with the same random codes."""
     q, fmt = random_weight(shape, weights, torch.device("cpu")), format_for(Layer(shape, weights, inputs))
@@ -57,14 +58,14 @@ def unfused(module: QuantLinear) -> QuantLinear:
 def branch(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
     """A low-rank term of rank 32."""
     term = LowRank(torch.randn(RANK, shape[1]), torch.randn(shape[0], RANK))
-    fused, apart = layers(2, shape, device, dtype, W4, branches=[term])
+    fused, apart = layers(2, shape, device, dtype, W4, extras={"branches": [term]})
     return {"fused": fused, "apart": unfused(apart)}
 
 
 def rotation(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
     """A Hadamard transform of the whole input, and 8-bit tokens."""
     turn = Hadamard.of_width(shape[1], 0)
-    fused, apart = layers(2, shape, device, dtype, W8, A8, rotation=turn)
+    fused, apart = layers(2, shape, device, dtype, W8, A8, {"rotation": turn})
     return {"fused": fused, "apart": unfused(apart)}
 
 
@@ -73,7 +74,7 @@ def timesteps(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[st
     inputs = replace(act_spec(8, static=True), index="timestep", entries=50)
     clock = Clock(range(50))
     clock.entry_B = torch.tensor([7], device=device)
-    ways = layers(2, shape, device, dtype, W8, inputs, input_range=(torch.full((50, 1), 0.02), None))
+    ways = layers(2, shape, device, dtype, W8, inputs, {"input_range": (torch.full((50, 1), 0.02), None)})
     for module in ways:
         module.clock = clock
     return {"fused": ways[0], "apart": unfused(ways[1])}
