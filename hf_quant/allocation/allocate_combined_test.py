@@ -61,8 +61,8 @@ class UpToFour:
 
     epochs: int = 1
 
-    def refuses(self, model: nn.Module, spec: Spec) -> str | None:
-        return "at most four bits" if getattr(spec.grid, "bits", 0) > 4 else None
+    def refuses(self, model: nn.Module, weights: Spec, inputs: Spec | None) -> str | None:
+        return "at most four bits" if getattr(weights.grid, "bits", 0) > 4 else None
 
 
 def test_a_trainer_is_asked_for_every_width() -> None:

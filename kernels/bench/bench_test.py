@@ -147,13 +147,14 @@ def test_green_tests_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, measur
 
 def test_the_test_run_tells_red_from_green(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "find_spec", lambda _: None)  # in one process: what is looked at is the verdict
     (tmp_path / "kernels").mkdir()
     (tmp_path / "hf_quant").mkdir()
     test = tmp_path / "kernels" / "test_it.py"
     test.write_text("def test_it(): assert True")
-    assert run.red(60, "not gpu") is None
+    assert run.red(300, "not gpu") is None
     test.write_text("def test_it(): assert False")
-    assert "not green" in (run.red(60, "not gpu") or "")
+    assert "not green" in (run.red(300, "not gpu") or "")
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

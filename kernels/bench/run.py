@@ -22,7 +22,7 @@ def red(seconds: float, mark: str) -> str | None:
     """None when the marked tests are green, else what went wrong."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, "kernels", "hf_quant"]
     if find_spec("xdist") is not None:  # most of their time is Triton's compiler's, on the host
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
