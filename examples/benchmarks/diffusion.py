@@ -43,8 +43,8 @@ METHODS = {  # what is not the method's default, so that a row takes minutes on 
     "ptq4dm": {},
     "tdq": {},
     "qdrop": {"steps": 150},
-    "q-diffusion": {"iterations": 150},
-    "tfmq-dm": {"iterations": 150},
+    "q-diffusion": {"iterations": 500},
+    "tfmq-dm": {"iterations": 500},
     "svdquant": {"rank": 4},  # where layers are 64 to 128 wide, the branch of rank 32 alone takes 21 bits a weight
 }
 NOISE = 50_000  # seed of the first picture
