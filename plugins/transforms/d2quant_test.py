@@ -50,7 +50,8 @@ def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     both = [judge.kl("d2quant", seed=seed, **setting) for seed in range(3)]
     scales = [judge.kl("d2quant", seed=seed, correct=False, **setting) for seed in range(3)]
     gptq = [judge.kl("gptq", seed=seed, **setting) for seed in range(3)]
-    claims.order("d2quant", "w2g64: KL of GPTQ with column scales below GPTQ's", ours=scales, theirs=gptq)
+    statement = "w2g64: KL of GPTQ with column scales below GPTQ's"
+    claims.order("d2quant", statement, ours=scales, theirs=gptq, reproduced=False)  # 1.02, one seed of three agrees
     claims.order("d2quant", "w2g64: KL of both parts below that of column scales alone", ours=both, theirs=scales)
 
 
