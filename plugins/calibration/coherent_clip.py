@@ -20,9 +20,8 @@ from torch import Tensor
 from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
-from hf_quant.qtensor import from_extremes
 from hf_quant.recipe import Recipe
-from hf_quant.spec import Spec, int_spec
+from hf_quant.spec import int_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +42,11 @@ class CoherentClip(MseClip):
         if not self.coherent >= 0:
             raise ConfigError(f"coherent={self.coherent!r}: not negative")
 
-    def _search(self, w: Tensor, weights: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor | None]:
-        low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-        least = w.new_full(low.shape, torch.inf)
-        scale, zero = from_extremes(low, high, spec)
+    def _loss(self, w: Tensor, error: Tensor, weights: Tensor | None) -> Tensor:
         along = w if weights is None else w * weights
         size = (along * w).sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-        for ratio in torch.linspace(1, self.floor, self.steps).tolist():
-            s, z = from_extremes(low * ratio, high * ratio, spec)
-            steps = w / s if z is None else w / s + z
-            values = spec.grid.decode(spec.grid.encode(steps))
-            error = w - (values if z is None else values - z) * s
-            common = (along * error).sum(1, keepdim=True).square_().div_(size)
-            single = error.abs_().pow_(self.power)
-            total = (single if weights is None else single.mul_(weights)).sum(1, keepdim=True) + self.coherent * common
-            better = total < least
-            least, scale = torch.where(better, total, least), torch.where(better, s, scale)
-            if zero is not None and z is not None:
-                zero = torch.where(better, z, zero)
-        return scale, zero
+        common = (along * error).sum(1, keepdim=True).square_().div_(size)
+        return MseClip._loss(self, w, error, weights) + self.coherent * common
 
 
 @method(

@@ -59,13 +59,17 @@ class MseClip:
             s, z = from_extremes(low * ratio, high * ratio, spec)
             steps = w / s if z is None else w / s + z
             values = spec.grid.decode(spec.grid.encode(steps))
-            error = (w - (values if z is None else values - z) * s).abs_().pow_(self.power)
-            total = (error if weights is None else error.mul_(weights)).sum(1, keepdim=True)
+            total = self._loss(w, w - (values if z is None else values - z) * s, weights)
             better = total < least
             least, scale = torch.where(better, total, least), torch.where(better, s, scale)
             if zero is not None and z is not None:
                 zero = torch.where(better, z, zero)
         return scale, zero
+
+    def _loss(self, w: Tensor, error: Tensor, weights: Tensor | None) -> Tensor:
+        """What a candidate costs `[blocks, 1]`; all arguments `[blocks, size]`, `error` is overwritten."""
+        single = error.abs_().pow_(self.power)
+        return (single if weights is None else single.mul_(weights)).sum(1, keepdim=True)
 
 
 @method(
