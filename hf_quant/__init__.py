@@ -24,6 +24,7 @@ _PUBLIC = {
     "prepare_for_training": "hf_quant.integrations.peft",
     "quantize": "hf_quant.api",
     "true_bits": "hf_quant.ledger",
+    "tune": "hf_quant.tuning",
     "unmerge_adapter": "hf_quant.integrations.merging",
 }
 
@@ -41,6 +42,7 @@ __all__ = [
     "prepare_for_training",
     "quantize",
     "true_bits",
+    "tune",
     "unmerge_adapter",
 ]
 
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from hf_quant.method import list_methods as list_methods
     from hf_quant.report import Report as Report
     from hf_quant.runtime.explain import explain as explain
+    from hf_quant.tuning import tune as tune
 
 
 def __getattr__(name: str) -> object:

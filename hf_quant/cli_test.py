@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from hf_quant import cli
 from hf_quant.cli import options
+from hf_quant.cli.explain import _spans
 from hf_quant.cli.methods import describe
 from hf_quant.cli.output import size
 from hf_quant.method import list_methods
@@ -27,6 +29,7 @@ COMMANDS = (
     "card",
     "leaderboard",
     "doctor",
+    "tune",
 )
 
 
@@ -95,6 +98,7 @@ def test_a_command_line_that_cannot_be_read_exits_2(run, words: list[str]) -> No
         (["quantize", "no-such-folder", "out"], "no folder no-such-folder"),
         (["inspect", "no-such-folder"], "no folder"),
         (["explain", "no-such-folder"], "no folder"),
+        (["tune", "no-such-folder"], "no folder"),
         (["dequantize", "no-such-folder", "out"], "no folder"),
         (["evaluate", "no-such-folder", "x.txt"], "no folder"),
         (["card", "no-such-folder"], "no folder"),
@@ -169,3 +173,21 @@ def test_an_interruption_is_said_to_be_one(run, monkeypatch: pytest.MonkeyPatch,
     code, out, err = run("methods")
     assert (code, out) == (130, "")
     assert err.startswith("interrupted")
+
+
+def test_spans_of_tokens_for_people() -> None:
+    assert _spans(((1, "a"), (2, "b"), (64, "c"), (None, "d"))) == [
+        ("1", "a"),
+        ("2", "b"),
+        ("3 to 64", "c"),
+        ("65 and more", "d"),
+    ]
+    assert _spans(((None, "a"),)) == [("1 and more", "a")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a GPU")
+def test_tuning_without_a_gpu_says_so(run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "hf_quant"}}))
+    code, _, err = run("tune", tmp_path)
+    assert code == 1
+    assert "there is no cuda here" in err

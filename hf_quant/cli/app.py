@@ -18,6 +18,7 @@ from hf_quant.cli import (
     leaderboard,
     methods,
     quantize,
+    tune,
 )
 
 app = typer.Typer(
@@ -74,5 +75,6 @@ for _module in (
     card,
     leaderboard,
     doctor,
+    tune,
 ):
     app.command(_module.__name__.rpartition(".")[2])(_interruptible(_module.command))

@@ -1,11 +1,24 @@
-"""Explain: which kernel every quantized module runs, and why each other one refused."""
+"""Explain: what every quantized module runs at how many tokens, and why each other kernel refused."""
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hf_quant.formats import Layer
+from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import Packed
+
+Runs = tuple[tuple[int | None, str], ...]  # (up to so many tokens, what runs), ascending; None: any number of them
+
+
+@runtime_checkable
+class Describing(Protocol):
+    """A kernel that says what it does."""
+
+    def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> Runs:
+        """What runs for tokens of this type; neighbours may be equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +31,8 @@ class Row:
         shape: (N, K).
         kernel: what runs: a kernel's name, "reference", or "lookup" for an embedding.
         refused: kernel name -> why it does not run here.
+        fused: what of the layer besides the product its kernel takes on: names of `formats.Around`'s attributes.
+        runs: what the kernel does, where it says so: see `Runs`.
         device: where its tensors are.
         dtype: the compute dtype the kernel was chosen for.
     """
@@ -27,12 +42,17 @@ class Row:
     shape: tuple[int, int]
     kernel: str
     refused: dict[str, str]
+    fused: tuple[str, ...]
+    runs: Runs
     device: torch.device
     dtype: torch.dtype
 
 
 def explain(model: nn.Module) -> list[Row]:
-    """A row a quantized module, in order. Inputs of another type or device than the row says run the reference."""
+    """A row a quantized module, in order. Inputs of another type or device than the row says run the reference.
+
+    Kernels that say how they run have their weights laid out for it, as the first forward would.
+    """
     return [
         Row(
             name,
@@ -40,9 +60,21 @@ def explain(model: nn.Module) -> list[Row]:
             module.matrix_shape,
             module.kernel,
             dict(module.refused),
+            tuple(sorted(module.fused)) if isinstance(module, QuantLinear) else (),
+            _runs(module),
             module.qweight.device,
             module.compute_dtype,
         )
         for name, module in model.named_modules()
         if isinstance(module, Packed)
     ]
+
+
+def _runs(module: Packed) -> Runs:
+    kernel = next((k for k in module.format.kernels if k.name == module.kernel), None)
+    if not isinstance(kernel, Describing) or not isinstance(module, QuantLinear):
+        return ()
+    blob, layer = module.laid_out()
+    runs = kernel.describe(blob, layer, module.compute_dtype)
+    following: tuple[str | None, ...] = (*(what for _, what in runs[1:]), None)
+    return tuple(run for run, then in zip(runs, following, strict=True) if run[1] != then)

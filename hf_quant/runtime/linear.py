@@ -198,6 +198,22 @@ class QuantLinear(WithTerms, nn.Linear):
                 self._blob = chosen.prepare(self._operands(self._fuses), layer, self.compute_dtype)
                 self._let_go(layer)
 
+    def laid_out(self) -> tuple[list[Tensor], Layer]:
+        """(what the chosen kernel made of the canonical tensors, the layer as it sees it)."""
+        self.lay_out()
+        return self._blob or [], self._product(self._fuses)
+
+    @property
+    def fused(self) -> frozenset[str]:
+        """Names of what this layer has of `Around` and its kernel takes on."""
+        extras = self.rank or self.sparse_values is not None or self.shift is not None
+        has = {
+            "low_rank": self.rank,
+            "rotation": self.rotation is not None and not extras,  # those read the rotated input as well
+            "entry_T": timed(self.layer.inputs),
+        }
+        return frozenset(name for name in self._fuses if has[name])
+
     def _product(self, fuses: frozenset[str] = frozenset()) -> Layer:
         """The layer as operator and kernel see it: without inputs that are rounded before."""
         layer = self.local_layer()
@@ -222,9 +238,9 @@ class QuantLinear(WithTerms, nn.Linear):
         if self._blob is None and not torch.compiler.is_compiling():
             self.lay_out()
         blob, kernel = (self._blob, self.kernel) if ready and self._blob is not None else ([], "reference")
-        fuses = self._fuses if kernel != "reference" else frozenset()
+        fuses = self.fused if kernel != "reference" else frozenset()
         low, sparse, entry_T, rotation = self.low_rank(x.dtype), self.sparse, None, None
-        if "rotation" in fuses and low is None and sparse is None and self.shift is None:
+        if "rotation" in fuses:
             rotation = self.rotation
         else:
             x = self._rotate(x)

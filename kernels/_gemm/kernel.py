@@ -1,6 +1,8 @@
 """What every format's GPU kernel shares, and when tokens are quantized in one pass."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from hf_quant.formats import ALONE, Around, Layer, Tensors
 from hf_quant.grids import E4M3, FloatGrid, IntGrid
 from hf_quant.kernels._gemm import machine
+from hf_quant.kernels._gemm.configs import BUCKETS, Config, bucket, choose, key, remembered
 from hf_quant.kernels._gemm.operand import Weight
 from hf_quant.kernels.hadamard.op import rotate
 from hf_quant.runtime.activation import fake_quantize
@@ -58,6 +61,15 @@ class TritonKernel(ABC):
     ) -> Tensor:
         """`q(x) W^T` and what is around it: a branch joins before the result is written. `experts`: see `grouped`."""
 
+    @abstractmethod
+    def config(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype, tokens: int) -> Config:
+        """Which tile runs for so many tokens."""
+
+    def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
+        """See `Describing.describe`: a bucket of tokens after the other."""
+        runs = [(b, told(self.config(blob, layer, dtype, b))) for b in BUCKETS]
+        return (*runs, (None, told(self.config(blob, layer, dtype, BUCKETS[-1] + 1))))
+
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
         return self.product(x_TK, tensors, blob, layer)
@@ -91,6 +103,25 @@ class MainLoop(TritonKernel):
         codes_NK = self.weight(blob, layer).shuffle.unpack(blob[0], layer.shape)
         return {"qweight": self.stored(codes_NK, layer)}
 
+    def config(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype, tokens: int) -> Config:
+        """See `TritonKernel.config`."""
+        return choose(self.weight(blob, layer), dtype, bucket(tokens), blob[0].device)
+
+    def tunings(
+        self, blob: list[Tensor], layer: Layer, dtype: torch.dtype, tokens: Sequence[int]
+    ) -> dict[str, Callable[[], str]]:
+        """See `Tunable.tunings`."""
+        from hf_quant.kernels._gemm.tune import tune
+
+        weight = self.weight(blob, layer)
+
+        def tuned(count: int) -> str:
+            (best,) = tune(blob, weight, dtype, tokens=[count]).values()
+            return told(best)
+
+        keys = {key(weight, dtype, count): count for count in tokens or BUCKETS}
+        return {name: partial(tuned, n) for name, n in keys.items() if name not in remembered(blob[0].device)}
+
     def dense(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> Tensor:
         """See `Grouping.dense`."""
         from hf_quant.kernels._gemm.launch import dequantize
@@ -116,6 +147,18 @@ class MainLoop(TritonKernel):
         if rotation is not None:
             x_TK = rotate(x_TK, rotation)
         return matmul(x_TK, blob, self.weight(blob, layer), x_TK.dtype, low_rank=around.low_rank, experts=experts)
+
+
+def told(config: Config) -> str:
+    """A configuration in words."""
+    if config.way == "dense":
+        return "dequantized, then the vendor's product"
+    way = {"vector": "multiply-add", "tensor": "tensor cores"}[config.way]
+    parts = f", K in {config.splits} parts" if config.splits > 1 else ""
+    return (
+        f"{way}, tiles of {config.BM} tokens x {config.BN} outputs{parts}, {config.num_warps} warps, "
+        f"{config.num_stages} stages"
+    )
 
 
 def in_one_pass(x_TK: Tensor, spec: Spec, tensors: Tensors, around: Around) -> "Tokens":

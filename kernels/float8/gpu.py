@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_quant.formats import ALONE, Around, Layer, Tensors
 from hf_quant.grids import E4M3, E5M2
-from hf_quant.kernels._gemm.configs import kind
+from hf_quant.kernels._gemm.configs import Config, kind
 from hf_quant.kernels._gemm.kernel import (
     ALL,
     MainLoop,
@@ -60,6 +60,12 @@ class Canonical(TritonKernel):
         columns = layer.weights.block_size(layer.shape)[1]
         scale = blob[1].T.repeat_interleave(columns, 1)[:, : layer.shape[1]]
         return (blob[0].float() * scale).to(dtype)
+
+    def config(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype, tokens: int) -> Config:
+        """See `TritonKernel.config`."""
+        from hf_quant.kernels._gemm.quantized import eight_bit, tile_of_k
+
+        return eight_bit(tokens, *layer.shape, tile_of_k(layer.weights.block_size(layer.shape)[1], layer.shape[1]))
 
     def fuses(self, layer: Layer) -> frozenset[str]:
         """See `Fusing.fuses`."""

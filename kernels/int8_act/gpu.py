@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.formats import ALONE, Around, Layer, Tensors
+from hf_quant.kernels._gemm.configs import Config
 from hf_quant.kernels._gemm.kernel import ALL, TritonKernel, in_one_pass, refuses_tokens
 from hf_quant.kernels.int8_act.cpu import LONGEST_SUM
 
@@ -38,6 +39,12 @@ class Triton(TritonKernel):
     def dense(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> Tensor:
         """See `Grouping.dense`."""
         return (blob[0].float() * blob[1].T).to(dtype)
+
+    def config(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype, tokens: int) -> Config:
+        """See `TritonKernel.config`."""
+        from hf_quant.kernels._gemm.quantized import eight_bit, tile_of_k
+
+        return eight_bit(tokens, *layer.shape, tile_of_k(layer.shape[1], layer.shape[1]))
 
     def fuses(self, layer: Layer) -> frozenset[str]:
         """See `Fusing.fuses`."""

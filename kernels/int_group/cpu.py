@@ -64,6 +64,10 @@ class Int4Cpu:
             qweight[rows] = pack_bits((int4pack.columns(blob[0][rows]) - _raised(layer)).T, bits)
         return {"qweight": qweight}
 
+    def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
+        """See `Describing.describe`."""
+        return (INT4_TOKENS, "torch's 4-bit product"), (None, "dequantized some rows at a time, bfloat16 products")
+
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
         x_TK = fake_quantize(x_TK, layer.inputs, tensors).contiguous()
@@ -130,6 +134,10 @@ class Int8Cpu:
     def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
         """See `Restoring.restore`."""
         return {"qweight": pack_bits(blob[0].view(torch.uint8) ^ 0x80, 8)}
+
+    def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
+        """See `Describing.describe`."""
+        return (INT8_TOKENS, "torch's 8-bit product"), (None, "dequantized, then a bfloat16 product")
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from hf_quant.formats import Layer, choose_kernel, format_named
-from hf_quant.kernels.int_group.cpu import Int4Cpu
+from hf_quant.kernels.int_group.cpu import INT4_TOKENS, INT8_TOKENS, Int4Cpu
 from hf_quant.qtensor import QTensor
+from hf_quant.runtime.explain import explain
+from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import refit
-from hf_quant.spec import int_spec
+from hf_quant.spec import Spec, int_spec
 
 FORMAT = format_named("int-group/1")
 
@@ -71,3 +73,12 @@ def test_the_gradient_is_of_the_same_weight(N: int, K: int, group: int) -> None:
     eye = torch.eye(N, dtype=torch.bfloat16)[:40]
     same = Int4Cpu().gradient(eye, {n: t for n, t in tensors.items() if n != "qweight"}, blob, layer)
     assert torch.equal(same, q.dequantize(torch.bfloat16)[:40])
+
+
+@pytest.mark.parametrize(("spec", "upto"), [(int_spec(4, 32), INT4_TOKENS), (int_spec(8, symmetric=True), INT8_TOKENS)])
+def test_explain_says_where_it_changes_over(spec: Spec, upto: int) -> None:
+    q = refit(torch.randn(64, 64), spec)
+    model = torch.nn.Sequential(QuantLinear.from_qtensor(q, FORMAT, dtype=torch.bfloat16))
+    (row,) = explain(model)
+    assert [last for last, _ in row.runs] == [upto, None]
+    assert all("product" in what for _, what in row.runs)

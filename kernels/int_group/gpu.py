@@ -1,5 +1,6 @@
 """The GPU kernel of `int-group/1`: its codes and scales as an operand of the main loop."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from hf_quant.formats import ALONE, Around, Layer, Tensors
 from hf_quant.grids import IntGrid
-from hf_quant.kernels._gemm.configs import kind
+from hf_quant.kernels._gemm.configs import Config, bucket, choose, kind
 from hf_quant.kernels._gemm.kernel import ALL, MainLoop, in_one_pass, refuses_tokens
 from hf_quant.kernels._gemm.operand import BLOCK, WHOLE_ROW, RangesOf, Weight, affine_ranges, ranges_of, unit_for
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
@@ -42,6 +43,21 @@ class Triton(MainLoop):
         """See `MainLoop.weight`."""
         integers = as_integers(layer)
         return operand(layer, ranges_of(without_sums(blob, layer)), kind(blob[0].device), integers=integers)
+
+    def config(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype, tokens: int) -> Config:
+        """See `MainLoop.config`."""
+        if not as_integers(layer):
+            return MainLoop.config(self, blob, layer, dtype, tokens)
+        from hf_quant.kernels._gemm.launch import only_tensor
+
+        weight, values = self.weight(blob, layer), blob[0].new_empty(0, dtype=torch.int8)
+        return only_tensor(choose(weight, values.dtype, bucket(tokens), values.device), weight, values)
+
+    def tunings(
+        self, blob: list[Tensor], layer: Layer, dtype: torch.dtype, tokens: Sequence[int]
+    ) -> dict[str, Callable[[], str]]:
+        """See `MainLoop.tunings`; products of integers are not tuned."""
+        return {} if as_integers(layer) else MainLoop.tunings(self, blob, layer, dtype, tokens)
 
     def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
         """See `MainLoop.stored`."""
