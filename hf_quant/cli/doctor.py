@@ -18,7 +18,12 @@ SHOWN = 12
 
 def command(
     model: o.Model,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Held-out texts (.txt .jsonl .parquet) or ids (.npy).")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="Held-out texts (.txt .jsonl .parquet), ids (.npy), or inputs by name (.safetensors)."
+        ),
+    ],
     method: o.Method = "rtn",
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
@@ -35,10 +40,10 @@ def command(
     seed: o.Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Find out where quantizing a language model loses quality.
+    """Find out where quantizing a model loses quality.
 
     Switches weights and inputs on and off: all of them, then each layer alone. Every figure is the KL to full
-    precision on held-out text. Then it looks at the inputs themselves (outlier channels), follows the error from
+    precision on held-out data. Then it looks at the inputs themselves (outlier channels), follows the error from
     block to block, repeats the quantization on other calibration data, and says what to do.
 
     [bold]Examples[/]
@@ -46,6 +51,7 @@ def command(
     \b
       hf-quant doctor MODEL held-out.txt                            [dim]rtn at 4 bits, 8-bit inputs[/]
       hf-quant doctor MODEL ids.npy -m gptq -b 3 -c calib.npy       [dim]and how much the data matters[/]
+      hf-quant doctor VIT images.safetensors                        [dim]a tensor named pixel_values[/]
       hf-quant doctor MODEL ids.npy --input-bits 4 --json | jq -r '.verdict[]'
     """
     from hf_quant.loading import load_model, load_processor, read_config, require_float
@@ -73,7 +79,7 @@ def _draw(console: "Console", found: "Diagnosis") -> None:
     pairs(
         console,
         [
-            ("perplexity in full precision", f"{found.perplexity:.3f}"),
+            ("perplexity in full precision", None if found.perplexity is None else f"{found.perplexity:.3f}"),
             ("KL, everything off", f"{found.off:.2e}"),
             ("KL, weights only", f"{found.weights:.5f}"),
             ("KL, inputs only", f"{found.inputs:.5f}"),

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 Calibration = Annotated[
     Path | None,
-    typer.Option("--calibration", "-c", metavar="FILE", help="Texts (.txt .jsonl .parquet, a folder) or ids (.npy)."),
+    typer.Option(
+        "--calibration",
+        "-c",
+        metavar="FILE",
+        help="Texts (.txt .jsonl .parquet, a folder), ids (.npy), or the model's inputs by name (.safetensors).",
+    ),
 ]
 Evaluate = Annotated[
     Path | None,

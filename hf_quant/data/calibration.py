@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_quant.data.reading import Batch, Data, Processor, as_batch, is_batch, open_data, peek, to_ids, to_rows, tokenize
+from hf_quant.data.reading import (
+    Batch,
+    Data,
+    Item,
+    Processor,
+    as_batch,
+    is_batch,
+    open_data,
+    peek,
+    to_ids,
+    to_rows,
+    tokenize,
+)
 from hf_quant.diffusion.denoising import Denoising
 from hf_quant.errors import CalibrationError
 
@@ -110,18 +123,38 @@ def model_inputs(
         CalibrationError: see `token_windows`.
     """
     handle = data if isinstance(data, Calibration) else None
-    source = open_data(handle.data if handle else data)
-    if not isinstance(source, Tensor):
-        first, source = peek(source)
-        if is_batch(first):
-            batches = [as_batch(b, i) for i, b in enumerate(source)]
-            if handle:
-                handle._used = fingerprint(batches)
-            return batches
+    batches, source = _as_they_are(handle.data if handle else data)
+    if batches is not None:
+        if handle:
+            handle._used = fingerprint(batches)
+        return batches
     ids = token_windows(source, processor or (handle and handle.processor), samples, length, seed)
     if handle:
         handle._used = fingerprint([{"input_ids": ids}])
     return [{"input_ids": ids[i : i + batch_size]} for i in range(0, len(ids), batch_size)]
+
+
+def held_out(data: Data, processor: Processor, window: int, tokens: int, batch_size: int = 4) -> list[Batch]:
+    """What to measure on: dicts of tensors pass through as they are, all else becomes windows spread over the data.
+
+    Raises:
+        CalibrationError: see `spread_windows`.
+    """
+    handle = data if isinstance(data, Calibration) else None
+    batches, source = _as_they_are(handle.data if handle else data)
+    if batches is not None:
+        return batches
+    ids = spread_windows(source, processor or (handle and handle.processor), window, tokens)
+    return [{"input_ids": part} for part in ids.split(batch_size)]
+
+
+def _as_they_are(data: Data) -> tuple[list[Batch] | None, Tensor | Iterator[Item]]:
+    """Dicts of tensors when the data is that, and whatever it is otherwise."""
+    source = open_data(data)
+    if isinstance(source, Tensor):
+        return None, source
+    first, source = peek(source)
+    return [as_batch(b, i) for i, b in enumerate(source)] if is_batch(first) else None, source
 
 
 def token_windows(data: Data, processor: Processor, samples: int, length: int, seed: int) -> Tensor:
@@ -208,12 +241,21 @@ def _token_ids(data: Data, processor: Processor, rows: int, length: int, enough:
     return source[:rows, :length].contiguous()
 
 
-def check_vocabulary(batches: Iterable[Mapping[str, Tensor]], model: nn.Module) -> None:
-    """Token ids must have a row in the model's input embedding.
+def check_inputs(batches: Iterable[Mapping[str, Tensor]], model: nn.Module) -> None:
+    """The data is what this model takes, and token ids have a row in its input embedding.
 
     Raises:
-        CalibrationError: an id lies outside, so the ids come from another model's tokenizer.
+        CalibrationError: tokens for a model of images or sounds, or an id that lies outside, so the ids come from
+            another model's tokenizer.
     """
+    main = getattr(model, "main_input_name", None)  # of transformers' models
+    takes = signature(model.forward).parameters
+    for batch in batches:
+        if isinstance(main, str) and main in takes and "input_ids" in batch and "input_ids" not in takes:
+            raise CalibrationError(
+                f"{type(model).__name__} takes {main} and the data gives {', '.join(sorted(batch))}: pass batches "
+                f"[{{{main!r}: tensor}}, ...], or a .safetensors file with a tensor of that name"
+            )
     try:
         rows: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):  # no transformers model, or one with several vocabularies

@@ -5,13 +5,16 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from hf_quant.data.calibration import (
     Calibration,
-    check_vocabulary,
+    check_inputs,
     describe,
     fingerprint,
+    held_out,
+    model_inputs,
     spread_windows,
     token_windows,
 )
@@ -227,7 +230,9 @@ class TestErrors:
         with pytest.raises(CalibrationError, match="used up"):
             token_windows(texts, tokenizer, 4, 4, 0)
 
-    @pytest.mark.parametrize("name", ["broken.npy", "broken.jsonl", "broken.parquet", "latin1.txt", "pickled.npy"])
+    @pytest.mark.parametrize(
+        "name", ["broken.npy", "broken.jsonl", "broken.parquet", "broken.safetensors", "latin1.txt", "pickled.npy"]
+    )
     def test_unreadable_files_are_named(self, name, tmp_path, tokenizer):
         path = tmp_path / name
         if name == "pickled.npy":
@@ -259,13 +264,32 @@ class Model(nn.Module):
         return self.embed
 
 
+def test_a_file_of_tensors_is_batches_of_the_models_inputs(tmp_path):
+    tensors = {"pixel_values": torch.rand(11, 3, 4, 4), "bool_masked_pos": torch.arange(11)[:, None] % 2 == 0}
+    save_file(tensors, tmp_path / "images.safetensors")
+    for batches in (
+        model_inputs(tmp_path / "images.safetensors", None, 128, 512, 0, 8),
+        held_out(str(tmp_path / "images.safetensors"), None, 256, 1024),
+    ):
+        assert [len(b["pixel_values"]) for b in batches] == [8, 3]
+        assert all(torch.cat([b[name] for b in batches]).equal(tensor) for name, tensor in tensors.items())
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, tmp_path / "uneven.safetensors")
+    with pytest.raises(CalibrationError, match=r"a \[2, 3\], b \[3\].* a row a sample"):
+        held_out(tmp_path / "uneven.safetensors", None, 256, 1024)
+
+
+def test_what_is_measured_on_is_the_same_windows(tokenizer):
+    batches = held_out(Calibration(TEXTS, tokenizer), None, 4, 20)
+    assert torch.cat([b["input_ids"] for b in batches]).equal(spread_windows(TEXTS, tokenizer, 4, 20))
+
+
 def test_ids_of_another_tokenizer_are_found_out():
     batches = [{"input_ids": torch.tensor([[1, 2]])}, {"input_ids": torch.tensor([[3, 10]])}]
-    check_vocabulary(batches, Model(11))
-    check_vocabulary([{"pixel_values": torch.ones(1)}], Model(1))
-    check_vocabulary(batches, nn.Linear(1, 1))
+    check_inputs(batches, Model(11))
+    check_inputs([{"pixel_values": torch.ones(1)}], Model(1))
+    check_inputs(batches, nn.Linear(1, 1))
     with pytest.raises(CalibrationError, match="token id 10 is outside the model's vocabulary of 10"):
-        check_vocabulary(batches, Model(10))
+        check_inputs(batches, Model(10))
     with pytest.raises(CalibrationError, match="token id 10 is outside"):
         TextSampler().sample(batches, None, 0, Model(10))
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_quant.errors import CalibrationError
@@ -17,7 +19,11 @@ Data = Any  # what a user may pass, see `calibration.token_windows`
 Processor = Any  # a tokenizer or a processor that has one: called with a text, gives a mapping with "input_ids"
 Item = Any  # what iterating over the data gives
 
-KINDS = "a list of texts, a datasets.Dataset, a path (.txt, .jsonl, .npy, .parquet, a folder) or token ids [n, S]"
+KINDS = (
+    "a list of texts, a datasets.Dataset, a path (.txt, .jsonl, .npy, .parquet, a folder; .safetensors with a model's "
+    "inputs by name), token ids [n, S] or batches of tensors"
+)
+ROWS = 8  # of a file of tensors that make a batch
 
 
 def open_data(data: Data) -> Tensor | Iterator[Item]:
@@ -60,6 +66,8 @@ def _open_path(given: str | Path) -> Tensor | Iterator[Item]:
             return iter(_dataset(path))
         if suffix == ".npy":
             return to_ids(np.load(path, allow_pickle=False), str(path))
+        if suffix == ".safetensors":
+            return _rows_of(load_file(path), path)
         if suffix == ".jsonl":
             return iter([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()])
         if suffix in (".parquet", ".csv", ".arrow"):
@@ -67,8 +75,18 @@ def _open_path(given: str | Path) -> Tensor | Iterator[Item]:
         return iter([path.read_text(encoding="utf-8")])
     except CalibrationError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CalibrationError(f"cannot read calibration data from {path}: {error}") from error
+
+
+def _rows_of(tensors: Batch, path: Path) -> Iterator[Batch]:
+    """Tensors by the names of a model's inputs, a row a sample, as batches."""
+    counts = {len(t) if t.dim() else 0 for t in tensors.values()}
+    if len(counts) != 1 or 0 in counts:
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in sorted(tensors.items())) or "nothing"
+        raise CalibrationError(f"{path} holds {shapes}: a model's inputs by name are needed, a row a sample in each")
+    parts = {name: tensor.split(ROWS) for name, tensor in tensors.items()}
+    return iter([dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)])
 
 
 def _dataset(path: Path) -> Iterable[Any]:

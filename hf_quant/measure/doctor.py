@@ -1,8 +1,8 @@
-"""Doctor: where quantizing a language model loses quality, found by switching it on and off in parts.
+"""Doctor: where quantizing a model loses quality, found by switching it on and off in parts.
 
 Weights are those the method gives (dequantized), inputs are rounded at run time, and both are switched site by site in
 the float model, so that any part can be measured alone. Every figure is the mean KL to full precision on the same
-held-out windows. The order of examination is that of the debugging flowchart of the white paper on neural network
+held-out data. The order of examination is that of the debugging flowchart of the white paper on neural network
 quantization (arXiv:2106.08295); outliers are judged by the error that is passed on and not by their size alone, and
 calibration sets by how far the result depends on them.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hf_quant.config import QuantConfig
 from hf_quant.data import calibration
+from hf_quant.data.reading import Batch
 from hf_quant.errors import ConfigError, RunError
 from hf_quant.measure.reference_logits import identity
 from hf_quant.measure.switches import OUTLIER, Patient
@@ -72,7 +73,7 @@ class Diagnosis:
     """What was found.
 
     Attributes:
-        perplexity: of the full-precision model.
+        perplexity: of the full-precision model; None where it predicts no next token.
         off: KL with every switch off; anything but 0 is a fault of the doctor.
         weights: KL with all weights quantized, inputs not.
         inputs: the other way round.
@@ -86,7 +87,7 @@ class Diagnosis:
         verdict: sentences.
     """
 
-    perplexity: float
+    perplexity: float | None
     off: float
     weights: float
     inputs: float
@@ -119,18 +120,18 @@ def diagnose(
     resume: Path | None = None,
     progress: bool = True,
 ) -> Diagnosis:
-    """Examine a full-precision language model; it is left as it was.
+    """Examine a full-precision model; it is left as it was.
 
     Args:
-        model: a causal language model of transformers.
-        data: held-out texts or token ids.
+        model: of transformers, whose answer has logits: of the next token, or of classes.
+        data: held-out texts, token ids, or batches of its inputs.
         config: how weights are quantized, and, where the method says so, inputs; with its calibration data.
         inputs: how inputs are rounded when the method leaves them alone; None: 8 bits, per token.
         processor: tokenizer for texts.
         window: tokens in a window.
         tokens: how many to measure on.
         sets: disjoint calibration sets to compare.
-        samples: sequences in each.
+        samples: sequences in each; batches are divided among the sets as they are.
         resume: a file that grows by a line a figure; a killed run given the same file goes on.
         progress: show a bar with the time left.
 
@@ -146,18 +147,18 @@ def diagnose(
             "with rtn or gptq, whose verdict says whether a transform is needed"
         )
     training, model = model.training, model.eval()
-    ids = calibration.spread_windows(data, processor, window, tokens)
-    calibration.check_vocabulary([{"input_ids": ids}], model)
+    batches = calibration.held_out(data, processor, window, tokens)
+    calibration.check_inputs(batches, model)
     plan = make_plan(model, recipe, config.job())
     names = [n for n, p in plan.sites.items() if isinstance(getattr(model.get_submodule(n), "weight", None), Tensor)]
-    patient = Patient(model, ids, names, recipe.inputs or inputs or act_spec(8))
+    patient = Patient(model, batches, names, recipe.inputs or inputs or act_spec(8))
     drawn = [None] if recipe.data_free else _sets(config, processor, model, sets, samples)
     patient.weights = patient.rounded(config, drawn[0])
     key = {
         "model": identity(model),
         "config": repr(config),
         "inputs": repr(patient.spec),
-        "ids": ids.flatten().tolist(),
+        "data": calibration.fingerprint(batches),
     }
     notes = _Notes(resume, json.loads(json.dumps(key)))
     tests: dict[str, Callable[[], Any]] = {
@@ -193,11 +194,14 @@ def diagnose(
     )
 
 
-def _sets(config: QuantConfig, processor: Any, model: nn.Module, sets: int, samples: int) -> list[Tensor]:  # noqa: ANN401
+def _sets(config: QuantConfig, processor: Any, model: nn.Module, sets: int, samples: int) -> list[list[Batch]]:  # noqa: ANN401
     """Disjoint calibration sets."""
     length = min(256, calibration.context_length(model) or 256)
-    ids = calibration.token_windows(config.calibration, processor, sets * samples, length, config.seed)
-    return list(ids.split(max(1, -(-len(ids) // sets))))
+    batches = calibration.model_inputs(
+        config.calibration, processor, sets * samples, length, config.seed, min(4, samples)
+    )
+    size = -(-len(batches) // sets)
+    return [batches[i : i + size] for i in range(0, len(batches), size)]
 
 
 class _Notes:

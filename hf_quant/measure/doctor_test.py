@@ -1,20 +1,25 @@
 """The doctor finds what was put there: outlier channels, a spoilt layer; and leaves the patient as it was."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.errors import ConfigError, RunError
+from hf_quant.errors import CalibrationError, ConfigError, RunError
 from hf_quant.measure.doctor import Diagnosis, diagnose
 from hf_quant.measure.switches import Patient
 from hf_quant.spec import act_spec
 from hf_quant.testing import inject_outliers
+from hf_quant.testing.judge import Judge
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 
@@ -102,6 +107,36 @@ def test_calibration_sets_are_compared_and_a_killed_run_goes_on(
     assert 0 < len(measured) < len(lines)
     with pytest.raises(RunError, match="another examination"):
         examine(model, QuantConfig("rtn", bits=4), resume=notes)
+
+
+def test_a_vision_transformer_is_examined_from_a_file_of_its_inputs(
+    judges: Callable[[str], Judge], tmp_path: Path
+) -> None:
+    """Classes instead of tokens: the same figures but for the perplexity; calibration sets are made of its batches."""
+    vit = judges("digits-vit")
+    pixels = vit.calibration.contiguous()
+    save_file({"pixel_values": pixels[:64]}, tmp_path / "calib.safetensors")
+    save_file({"pixel_values": vit.test[:32].contiguous()}, tmp_path / "test.safetensors")
+    config = QuantConfig("gptq", bits=3, clip_steps=1, calibration=tmp_path / "calib.safetensors")
+    found = diagnose(vit.model(), tmp_path / "test.safetensors", config, sets=2, progress=False)
+    assert found.perplexity is None
+    assert found.off == 0
+    assert found.weights > found.inputs > 0
+    assert len(found.sets) == 2
+    assert found.sets[0] != found.sets[1]
+    assert len(found.sites) == 36
+    assert 0 < found.without_worst < found.both
+
+    halves = [[{"pixel_values": part} for part in half.split(8)] for half in pixels[:64].split(32)]
+    for kl, half in zip(found.sets, halves, strict=True):  # the KL is the judge's, on the same pictures
+        model = vit.model()
+        hf_quant.quantize(model, QuantConfig("gptq", bits=3, clip_steps=1), data=half, progress=False)
+        assert replace(vit, test=vit.test[:32], _expected=None).distance(model)[0] == pytest.approx(kl, rel=1e-3)
+
+
+def test_tokens_are_no_pictures(judges: Callable[[str], Judge]) -> None:
+    with pytest.raises(CalibrationError, match=r"ViTForImageClassification takes pixel_values .* input_ids"):
+        examine(judges("digits-vit").model())
 
 
 def test_methods_that_rewrite_the_model_are_refused(tiny_lm_path: Path) -> None:

@@ -77,7 +77,7 @@ def evaluate(
     if device is not None:
         model.to(device)
     ids = calibration.spread_windows(data, processor or _Beside(model), window, tokens)
-    calibration.check_vocabulary([{"input_ids": ids}], model)
+    calibration.check_inputs([{"input_ids": ids}], model)
     _check_window(model, ids.shape[1])
     against = _reference(reference, model, ids)
     size = batch_size or max(1, min(8, FORWARD // (ids.shape[1] * _vocabulary(model))))

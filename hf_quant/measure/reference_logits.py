@@ -104,7 +104,7 @@ def store(
         raise RunError(f"{folder} already holds stored logits; take another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     ids = calibration.spread_windows(data, processor, window, tokens)
-    calibration.check_vocabulary([{"input_ids": ids}], model)
+    calibration.check_inputs([{"input_ids": ids}], model)
     model.eval()
     values: Any = None
     for start in track(range(0, len(ids), batch_size), description="storing logits", enabled=progress):

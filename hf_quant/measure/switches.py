@@ -1,4 +1,4 @@
-"""Switches: a float language model in which weights and inputs are quantized site by site, on and off again."""
+"""Switches: a float model in which weights and inputs are quantized site by site, on and off again."""
 
 import copy
 import statistics
@@ -7,11 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hf_quant
 from hf_quant.config import QuantConfig
-from hf_quant.measure.reference_logits import forward
+from hf_quant.data.reading import Batch
+from hf_quant.errors import UnsupportedModel
+from hf_quant.measure.reference_logits import device_of
 from hf_quant.qtensor import from_extremes
 from hf_quant.runtime.activation import fake_quantize, pack_input
 from hf_quant.runtime.packed import Packed
@@ -26,22 +29,29 @@ class Patient:
 
     Attributes:
         model: in full precision.
-        ids: the windows it is measured on, `[n, S]`.
+        batches: what it is measured on.
         names: the sites.
         spec: how inputs are rounded.
         weights: site -> its rounded weight, see `rounded`.
     """
 
     model: nn.Module
-    ids: Tensor
+    batches: Sequence[Batch]
     names: Sequence[str]
     spec: Spec
     weights: dict[str, Tensor] | None = None
     _logits: Tensor | None = None
 
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits, `[B, S, V]` of tokens or `[B, V]` of classes."""
+        logits = getattr(self.model(**{n: t.to(device_of(self.model)) for n, t in batch.items()}), "logits", None)
+        if not isinstance(logits, Tensor):
+            raise UnsupportedModel(f"{type(self.model).__name__} gives no logits: only what predicts can be examined")
+        return logits
+
     def logits(self) -> Tensor:
-        """`[windows, S, V]`, a window at a time."""
-        return torch.cat([forward(self.model, part) for part in self.ids.split(4)])
+        """Of all predictions, `[n, V]`."""
+        return torch.cat([self.forward(batch).flatten(0, -2) for batch in self.batches])
 
     def reference(self) -> Tensor:
         """Log-probabilities in full precision, in float64."""
@@ -49,10 +59,13 @@ class Patient:
             self._logits = self.logits().double().log_softmax(-1)
         return self._logits
 
-    def perplexity(self) -> float:
-        """Of the full-precision model."""
-        chosen = self.reference()[:, :-1].gather(-1, self.ids[:, 1:, None].to(self.reference().device))
-        return float((-chosen.mean()).exp())
+    def perplexity(self) -> float | None:
+        """Of the full-precision model; None where it does not predict the next token."""
+        nexts = [F.pad(batch["input_ids"][:, 1:], (0, 1), value=-1) for batch in self.batches if "input_ids" in batch]
+        if not nexts or sum(t.numel() for t in nexts) != len(self.reference()):
+            return None
+        targets = torch.cat([t.flatten() for t in nexts]).to(self.reference().device)
+        return float(F.nll_loss(self.reference(), targets, ignore_index=-1).exp())
 
     def kl(self, weights: Sequence[str], inputs: Sequence[str], given: dict[str, Tensor] | None = None) -> float:
         """Mean KL with these switches on."""
@@ -61,7 +74,7 @@ class Patient:
             log_q = self.logits().double().log_softmax(-1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
-    def kl_of(self, config: QuantConfig, data: Tensor | None) -> float:
+    def kl_of(self, config: QuantConfig, data: Sequence[Batch] | None) -> float:
         """Mean KL with all weights as the method rounds them on this calibration data."""
         return self.kl(self.names, (), self.rounded(config, data))
 
@@ -91,7 +104,7 @@ class Patient:
             tensors = pack_input(*from_extremes(flat.amin().reshape(1, 1), flat.amax().reshape(1, 1), spec))
         return fake_quantize(flat, spec, tensors).reshape(x.shape), *args[1:]
 
-    def rounded(self, config: QuantConfig, data: Tensor | None) -> dict[str, Tensor]:
+    def rounded(self, config: QuantConfig, data: Sequence[Batch] | None) -> dict[str, Tensor]:
         """Site -> its weight as the method rounds it, laid out as the module has it."""
         twin = copy.deepcopy(self.model)
         hf_quant.quantize(twin, config, data=data, progress=False)
@@ -143,7 +156,7 @@ class Patient:
             hook = lambda _, __, out: seen.append((out if isinstance(out, Tensor) else out[0]).detach().float())  # noqa: E731
             handles = [self.model.get_submodule(b).register_forward_hook(hook) for b in blocks]
             try:
-                forward(self.model, self.ids[:2])
+                self.forward({name: tensor[:2] for name, tensor in self.batches[0].items()})
             finally:
                 for handle in handles:
                     handle.remove()

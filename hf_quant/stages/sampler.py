@@ -98,10 +98,10 @@ class TextSampler:
         model: nn.Module | None = None,
     ) -> list[Batch]:
         """See `Sampler.sample`."""
-        from hf_quant.data.calibration import check_vocabulary, context_length, model_inputs
+        from hf_quant.data.calibration import check_inputs, context_length, model_inputs
 
         length = min(self.length, (context_length(model) if model is not None else None) or self.length)
         batches = model_inputs(data, processor, self.samples, length, seed, self.batch_size)
         if model is not None:
-            check_vocabulary(batches, model)
+            check_inputs(batches, model)
         return batches
