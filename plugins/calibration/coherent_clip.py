@@ -43,6 +43,8 @@ class CoherentClip(MseClip):
             raise ConfigError(f"coherent={self.coherent!r}: not negative")
 
     def _loss(self, w: Tensor, error: Tensor, weights: Tensor | None) -> Tensor:
+        if not self.coherent:
+            return MseClip._loss(self, w, error, weights)
         along = w if weights is None else w * weights
         size = (along * w).sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
         common = (along * error).sum(1, keepdim=True).square_().div_(size)

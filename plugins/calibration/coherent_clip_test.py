@@ -1,17 +1,13 @@
 """Ranges that keep the gain: what least error loses of it, what this search keeps, and what that is worth."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
-from hf_quant import QuantConfig
 from hf_quant.errors import ConfigError
 from hf_quant.plugins.calibration.coherent_clip import CoherentClip
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.qtensor import as_blocks, from_extremes, nearest
-from hf_quant.recipe import Job, Recipe
 from hf_quant.spec import int_spec
 from hf_quant.stages.range import Range
 
@@ -82,15 +78,12 @@ def test_claim(model: str, group_size: int, judges, claims) -> None:  # type: ig
 
 
 @pytest.mark.slow
-def test_claim_under_gptq(judge, claims) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("bits", "factor"), [(2, 0.9), (3, 1.0), (4, 1.0)])
+@pytest.mark.parametrize("solver", ["gptq", "gptaq"])
+def test_claim_under_a_solver(solver: str, bits: int, factor: float, judge, claims) -> None:  # type: ignore[no-untyped-def]
     """What a solver starts in matters too: its own ranges are those of least error, weighed by the inputs."""
-
-    def kl(fit: CoherentClip, seed: int) -> float:
-        model, recipe = judge.model(), QuantConfig("gptq", bits=2, group_size=64).quantizer()
-        assert isinstance(recipe, Recipe)
-        replace(recipe, range=fit).quantize(model, Job(data=judge.data(seed), progress=False))
-        return float(judge.distance(model)[0])
-
-    ours, theirs = ([kl(CoherentClip(coherent=price), seed) for seed in range(3)] for price in (4.0, 0.0))
-    statement = "gptq in these ranges: KL at most 0.9 of that in ranges of least error, tiny-lm, w2g64"
-    claims.order("coherent-clip", statement, ours=ours, theirs=theirs, factor=0.9)
+    setting = {"bits": bits, "group_size": 64}
+    ours, theirs = (judge.kls(solver, coherent=price, **setting) for price in (4.0, 0.0))
+    most = "" if factor == 1 else f" {factor} of"
+    statement = f"{solver} in these ranges: KL at most{most} that in ranges of least error, tiny-lm, w{bits}g64"
+    claims.order("coherent-clip", statement, ours=ours, theirs=theirs, factor=factor)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_quant.method import Paper, method
-from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.calibration.coherent_clip import CoherentClip
 from hf_quant.plugins.rounding.gptq import Gptq
 from hf_quant.plugins.rounding.gptq_core import Term, carry
 from hf_quant.recipe import Recipe
@@ -51,11 +51,12 @@ def gptaq(
     act_order: bool = False,
     clip_steps: int = 24,
     alpha: float = 0.25,
+    coherent: float = 0.0,
 ) -> Recipe:
     """AsymmetricMse solved by Gptq with its drift term."""
     return Recipe(
         weights=int_spec(bits, group_size, symmetric=symmetric),
-        range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
+        range=CoherentClip(steps=clip_steps, coherent=coherent),
         objective=AsymmetricMse(),
         solver=Gptq(damp=damp, act_order=act_order, corrections=(Drift(alpha),)),
     )

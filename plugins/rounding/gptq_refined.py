@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_quant.errors import ConfigError
 from hf_quant.method import Paper, method
-from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.calibration.coherent_clip import CoherentClip
 from hf_quant.plugins.rounding.descent_core import descend, refit_scales
 from hf_quant.plugins.rounding.gptaq import Drift
 from hf_quant.plugins.rounding.gptq import Gptq, living
@@ -82,11 +82,12 @@ def gptq_refined(
     rounds: int = 2,
     sweeps: int = 4,
     share: float = 1.0,
+    coherent: float = 0.0,
 ) -> Recipe:
     """AsymmetricMse solved by Gptq and refined (`share` of the drift is followed)."""
     return Recipe(
         weights=int_spec(bits, group_size, symmetric=symmetric),
-        range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
+        range=CoherentClip(steps=clip_steps, coherent=coherent),
         objective=AsymmetricMse(share),
         solver=Refined(Gptq(damp=damp, act_order=True, corrections=(Drift(1.0),)), rounds, sweeps, damp),
     )
