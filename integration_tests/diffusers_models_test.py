@@ -235,6 +235,21 @@ def test_layerwise_casting_leaves_packed_layers_alone(flux: nn.Module) -> None:
     assert torch.equal(output(flux), want)
 
 
+def test_layerwise_casting_leaves_packed_convolutions_alone(folders: Path) -> None:
+    """What stands in for one is a convolution to diffusers, and its bias would be stored in 8 bits."""
+    model = UNet3DConditionModel.from_pretrained(folders / "unet3d", quantization_config=CONFIG)
+    plain = copy.deepcopy(model)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.bias is not None:
+            assert module.bias.dtype == torch.float32
+    for name in floats(plain):  # these diffusers may store so
+        module = plain.get_submodule(name)
+        if next(model.get_submodule(name).parameters()).dtype == torch.float8_e4m3fn:
+            module.to(torch.float8_e4m3fn).to(torch.float32)
+    assert torch.equal(output(model, "unet3d"), output(plain, "unet3d"))
+
+
 def test_a_pipeline_offloads_its_models(flux: nn.Module) -> None:
     from accelerate import cpu_offload_with_hook
 
