@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_quant.config import QuantConfig
 from hf_quant.diffusion.drawing import Drawing
+from hf_quant.diffusion.foreseen import with_features
 from hf_quant.diffusion.pipelines import configs_of, is_pipeline, quantize_pipeline
 from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.integrations.finish import refuse_quantized, run_quantizer
@@ -184,6 +185,8 @@ def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, An
     """What quantizing would give, without reading a weight: sites, bits per weight, bytes, memory needed.
 
     With a budget, bits and bytes are the most that it allows, and `lowest` and `highest` what could be reached at all.
+    Stored features are those of every timestep and of as many classes as there can be; layers that need not be kept
+    then are not counted.
 
     Args:
         model: a path or Hub id (only its config is read), or a model.
@@ -204,10 +207,14 @@ def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, An
     before = sum(p.numel() * p.element_size() for p in whole.parameters())
     take_apart(whole)
     plan = make_plan(whole, quantizer, config.job())
+    sizes = _sizes_of(plan)
+    if quantizer.serving is not None:
+        stored = with_features(whole, plan, quantizer.serving)
+        sizes |= stored or {"not_counted": "stored features: the network cannot be run for their shapes"}
     largest = max((sum(4 * n for n in _sizes(whole, b)) for b in plan.blocks), default=0)
     return {
         "sites": len(plan.sites),
-        **_sizes_of(plan),
+        **sizes,
         "original_bytes": before,
         "device_bytes": largest,
         "kept": len(plan.kept),

@@ -94,6 +94,16 @@ def test_inv_the_layers_are_gone_and_their_features_are_served(make: Any, claims
         hf_quant.dequantize(again)
 
 
+@pytest.mark.parametrize("make", [dit, unet])
+def test_an_estimate_counts_what_is_stored(make: Any) -> None:
+    model, config = make(), QuantConfig("tfm-framework", classes=2, **{**BRIEF, "iterations": 0})
+    found = hf_quant.estimate(model, config)
+    report = quantize(model, recipe(classes=2, iterations=0), job(model))
+    assert of(model, FeatureTable)
+    assert found["bits_per_weight"] == pytest.approx(report.bits_per_weight, rel=1e-12)
+    assert found["model_bytes"] == count_bits(model).bytes
+
+
 def test_a_run_that_was_killed_resumes_with_the_same_bits(tmp_path: Path) -> None:
     first, second = dit(), dit()
     quantize(first, recipe(), job(first, run_dir=tmp_path))
@@ -195,21 +205,22 @@ def test_claim(name: str, diffusion_judges, claims) -> None:  # type: ignore[no-
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers' schedulers
-def test_inv_every_scheduler_and_number_of_steps(diffusion_judges, claims, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    judge = diffusion_judges("digits-dit")
+@pytest.mark.parametrize("name", ["digits-dit", "digits-unet"])
+def test_inv_every_scheduler_and_number_of_steps(name: str, diffusion_judges, claims, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    judge = diffusion_judges(name)
     pipeline = judge.pipeline()
     config = QuantConfig("tfm-framework", bits=8, calibration_steps=10, ranges=10, samples=40, iterations=0)
-    given = {"class_labels": range(10), "guidance": judge.guidance}
+    given: dict[str, Any] = {"class_labels": range(10), "guidance": judge.guidance} if name == "digits-dit" else {}
     hf_quant.quantize(pipeline, config, pictures=0, progress=False, **given)
-    assert of(pipeline.transformer, FeatureTable)
+    assert of(backbone(pipeline), FeatureTable)
     pipeline.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    found = differences(judge, loaded, [(name, steps) for name in SCHEDULERS for steps in (10, 20, 50)])
+    found = differences(judge, loaded, [(other, steps) for other in SCHEDULERS for steps in (10, 20, 50)])
     claims.invariant(
         "tfm-framework",
         "pictures within 0.05 (rms) of full precision's with DDIM, DPM-Solver++ and Euler at 10, 20 and 50 steps, "
-        "saved, loaded, features stored for DDIM's 10 steps, w8a8, digits-dit",
+        f"saved, loaded, features stored for DDIM's 10 steps, w8a8, {name}",
         max(found.values()) < 0.05,
         found,
     )
