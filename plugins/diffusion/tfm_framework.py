@@ -52,6 +52,7 @@ class CachedFeatures:
 def tfm_framework(
     bits: int = 4,
     act_bits: int = 8,
+    group_size: int = 64,
     feature_bits: int = 8,
     classes: int = 16,
     calibration_steps: int = 20,
@@ -63,7 +64,7 @@ def tfm_framework(
     """As tfmq-dm, and what the temporal layers put out is stored: at inference they are gone."""
     if type(classes) is not int or classes < 1:
         raise ConfigError(f"classes={classes!r}: the most classes whose features are stored, 1 or more")
-    made = tfmq_dm(bits, act_bits, calibration_steps, ranges, samples, iterations, clip_steps)
+    made = tfmq_dm(bits, act_bits, group_size, calibration_steps, ranges, samples, iterations, clip_steps)
     assert isinstance(made, Recipe)  # noqa: S101
     assert made.inputs is not None  # noqa: S101
     return replace(made, serving=CachedFeatures(int_spec(feature_bits, -1), made.inputs.entries, classes))

@@ -8,9 +8,10 @@ the modulations of a transformer. They are fitted together, without images; all 
 
 Shapes: t `[B]`; g_i `[B, N_i]`; scale and zero of a layer's input `[timesteps, 1]`.
 Differs from the paper: the temporal layers are found by watching a forward, not by their names; they are fitted at the
-timesteps and classes of the data, before the blocks, which then see what they compute; the finite set of ranges is used
-for every layer's input, since a table costs nothing at inference; the ranges are the extremes; rounding, penalty and
-schedule are `adaround`'s, with fewer steps.
+timesteps and classes of the data, before the blocks, which then see what they compute; weights have a scale and a zero
+point for every `group_size` columns, as `q-diffusion`'s; the finite set of ranges is used for every layer's input,
+since a table costs nothing at inference; the ranges are the extremes; rounding, penalty and schedule are `adaround`'s,
+with fewer steps.
 """
 
 from hf_quant.method import Paper, method
@@ -33,6 +34,7 @@ from hf_quant.stages.trajectories import Trajectories
 def tfmq_dm(
     bits: int = 4,
     act_bits: int = 8,
+    group_size: int = 64,
     calibration_steps: int = 20,
     ranges: int = 20,
     samples: int = 128,
@@ -41,7 +43,7 @@ def tfmq_dm(
 ) -> Recipe:
     """Learned rounding, the temporal layers by themselves, and input ranges for each of `ranges` timesteps."""
     return Recipe(
-        weights=int_spec(bits, -1, symmetric=True),
+        weights=int_spec(bits, group_size),
         inputs=timed_inputs(act_bits, ranges, calibration_steps),
         sampler=Trajectories(steps=calibration_steps, samples=samples, batch_size=8),
         range=MseClip(steps=clip_steps, floor=0.5, power=2.0),
