@@ -1,7 +1,7 @@
 """Quantized diffusion pipelines beside full precision: method x setting x metric, and the error against t.
 
 Every row quantizes an embedded pipeline on its own trajectories, then draws pictures from noise that no calibration
-saw; a seed changes both.
+saw; a seed changes both. Peers are backends of diffusers, where they are installed (`_diffusion_peers.py`).
 Rows that are kept are not measured again; the table and the plots of `plugins/diffusion` are made of them alone.
 
     python examples/benchmarks/diffusion.py                       # measure what is missing, then write
@@ -14,12 +14,14 @@ import io
 import json
 import statistics
 import time
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _diffusion_peers import DISTRIBUTIONS, PEERS, offers, quantized
 
 import hf_quant
 from hf_quant import QuantConfig
@@ -35,9 +37,17 @@ HERE = Path(__file__).resolve().parent
 MODELS, KEPT = HERE.parent / "models", HERE / "results" / "diffusion.json"
 README = HERE.parents[1] / "plugins" / "diffusion" / "README.md"
 BEGIN, END = "<!-- diffusion.py: begin -->", "<!-- diffusion.py: end -->"
-SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
+SETTINGS: dict[str, dict[str, int]] = {  # A16: inputs are not rounded
+    "W8A16": {"bits": 8},
+    "W4A16": {"bits": 4},
+    "W8A8": {"bits": 8, "act_bits": 8},
+    "W4A8": {"bits": 4, "act_bits": 8},
+    "W4A4": {"bits": 4, "act_bits": 4},
+}
 DRAWN = {"digits-unet": {}, "digits-dit": {"class_labels": range(10), "guidance": 1.5}}
+WEIGHTS_ALONE = {"rtn": {"group_size": 64}, "gptq": {"group_size": 64}}  # as the other methods have it
 METHODS = {  # what is not the method's default, so that a row takes minutes on one core
+    **WEIGHTS_ALONE,
     "int8-default": {},
     "dynamic-w8a8": {},
     "ptq4dm": {},
@@ -52,15 +62,15 @@ NOISE = 50_000  # seed of the first picture
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=[*METHODS, *PEERS])
     parser.add_argument("--pipelines", nargs="*", default=list(DRAWN))
-    parser.add_argument("--settings", nargs="*", default=["W8A8", "W4A8", "W4A4"])
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=60)
     asked = parser.parse_args()
     kept = {(r["pipeline"], r["method"], r["setting"], r["seed"]) for r in read()}
     for key in product(asked.pipelines, asked.methods, asked.settings, asked.seeds):
-        if key not in kept:
+        if key not in kept and has(*key[1:3]):
             row = measure(*key, asked.images)
             KEPT.write_text(json.dumps(sorted([*read(), row], key=order), indent=1) + "\n")
     write(read())
@@ -70,29 +80,54 @@ def read() -> list[dict]:
     return json.loads(KEPT.read_text()) if KEPT.is_file() else []
 
 
+def has(method: str, setting: str) -> bool:
+    """Whether a method has a setting: some round inputs and some do not; a peer has to be installed."""
+    if method in PEERS:
+        return offers(method, setting)
+    return (method in WEIGHTS_ALONE) == ("act_bits" not in SETTINGS[setting])
+
+
 def order(row: dict) -> tuple:
-    every = list(METHODS)
+    every = [*METHODS, *PEERS]
     method = every.index(row["method"]) if row["method"] in every else len(every)
     return row["pipeline"], list(SETTINGS).index(row["setting"]), method, row["method"], row["seed"]
 
 
 def measure(name: str, method: str, setting: str, seed: int, images: int) -> dict:
-    bits, act_bits = SETTINGS[setting]
     real = pictures(np.load(HERE.parent / "data" / "digits.npz")["test"]).permute(0, 2, 3, 1) / 2 + 0.5
+    row: dict[str, Any] = {"pipeline": name, "method": method, "setting": setting, "seed": seed}
     began = time.perf_counter()
-    pipeline = load_pipeline(MODELS / name)
-    config = QuantConfig(method, bits=bits, act_bits=act_bits, seed=seed, allow=["*"], **METHODS.get(method, {}))
-    hf_quant.quantize(pipeline, config, pictures=0, progress=False, **DRAWN[name])
+    try:
+        pipeline, arguments = made(name, method, setting, seed)
+    except Exception as error:  # a peer's own, of any kind: it is published
+        if method not in PEERS:
+            raise
+        print(row, error, flush=True)
+        return {**row, "error": str(error).splitlines()[0], "versions": installed(method)}
     seconds = time.perf_counter() - began
     found = evaluate_pipeline(
         pipeline, MODELS / name, real, classifier=MODELS / "digits-vit", images=images, batch_size=20,
         seed=NOISE + 1000 * seed, progress=False, **DRAWN[name],
     )  # fmt: skip
-    row = {"pipeline": name, "method": method, "setting": setting, "seed": seed, "quantize_seconds": round(seconds, 2)}
-    row |= {"backbone_bytes": stored(backbone(pipeline))}
+    row |= {"quantize_seconds": round(seconds, 2), "backbone_bytes": stored(backbone(pipeline))}
     print(row, f"PSNR {found.psnr:.2f}, {found.accuracy} of {found.reference_accuracy} %,", end=" ")
     print(f"Fréchet {found.frechet_to_data:.2f} of {found.reference_frechet_to_data:.2f}", flush=True)
-    return {**row, "arguments": config.given, "evaluation": found.to_json(), "versions": versions()}
+    return {**row, "arguments": arguments, "evaluation": found.to_json(), "versions": installed(method)}
+
+
+def made(name: str, method: str, setting: str, seed: int) -> tuple[Any, dict[str, Any]]:
+    """The quantized pipeline, and the arguments that the method was given."""
+    if method in PEERS:
+        return quantized(method, setting, MODELS / name), {}
+    pipeline = load_pipeline(MODELS / name)
+    config = QuantConfig(method, seed=seed, allow=["*"], **SETTINGS[setting], **METHODS.get(method, {}))
+    hf_quant.quantize(pipeline, config, pictures=0, progress=False, **DRAWN[name])
+    return pipeline, config.given
+
+
+def installed(method: str) -> dict[str, str]:
+    """Versions of what took part."""
+    return versions() | ({method: version(DISTRIBUTIONS[method])} if method in PEERS else {})
 
 
 def stored(network: torch.nn.Module) -> int:
@@ -124,7 +159,7 @@ def cells(rows: list[dict]) -> list[str]:
     found = [PipelineEvaluation.from_json(r["evaluation"]) for r in rows]
     right = spread([f.accuracy for f in found], "{:.1f}") if found[0].accuracy is not None else "no classes"
     frechet, full = [f.frechet_to_data for f in found], [f.reference_frechet_to_data for f in found]
-    bits = [f.bits_per_weight for f in found][:1]
+    bits = [None if rows[0]["method"] in PEERS else f.bits_per_weight for f in found][:1]
     return [
         rows[0]["setting"],
         rows[0]["method"],
@@ -147,6 +182,7 @@ def cells(rows: list[dict]) -> list[str]:
 
 def write(rows: list[dict]) -> None:
     columns, lines = COLUMNS.split(", "), []
+    refused, rows = [r for r in rows if "error" in r], [r for r in rows if "error" not in r]
     for name in dict.fromkeys(r["pipeline"] for r in rows):
         mine = [r for r in rows if r["pipeline"] == name]
         lines += [f"### {name}", "", f"| {' | '.join(columns)} |", "|---|---" + "|---:" * (len(columns) - 2) + "|"]
@@ -159,11 +195,13 @@ def write(rows: list[dict]) -> None:
         distance = spread([f.reference_frechet_to_data for f in full], "{:.1f}")
         seconds = spread([f.reference_seconds_per_image for f in full], "{:.2f}")
         lines += ["", f"Full precision: {right}Fréchet distance to the data {distance}, {seconds} s / image.", ""]
-        for setting in dict.fromkeys(r["setting"] for r in mine):
+        for setting in dict.fromkeys(r["setting"] for r in mine if "act_bits" in SETTINGS[r["setting"]]):
             picture = KEPT.with_name(f"diffusion-{name}-{setting}.png")
             save_png(curves([r for r in mine if r["setting"] == setting]), picture)
             place = f"../../examples/benchmarks/results/{picture.name}"
             lines += [f"![SQNR against t, {name}, {setting}]({place})", ""]
+    errors = {(r["method"], r["setting"]): r["error"] for r in refused}
+    lines += [f"`{peer}` at {setting} does not run here: {error}" for (peer, setting), error in errors.items()]
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     README.write_text("\n".join([before + BEGIN, heading(rows), "", *lines, END]) + rest.partition(END)[2], "utf-8")
 
