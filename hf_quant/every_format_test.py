@@ -42,6 +42,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (63, 100), (16, 64), (48, 192), (5, 33), (100, 63), (32, 128), (8, 256), (7, 64))
 WEIGHTS = (
     *(int_spec(b, g, symmetric=s) for b in range(1, 9) for g in (-1, 7, 32, 50, 64) for s in (False, True)),
+    *(Spec(grid=IntGrid(b, signed=True), zero="float", block=(1, 16)) for b in (4, 5, 8)),
     *(Spec(grid=IntGrid(b, signed=True), zero="int", block=(1, 16), scale=FloatGrid("float32")) for b in (2, 4)),
     *(Spec(grid=IntGrid(b, signed=True), block=block) for b in (4, 8) for block in ((-1, -1), (-1, 32))),
     int_spec(8, symmetric=True, scale="float32"),

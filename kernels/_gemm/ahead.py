@@ -136,7 +136,9 @@ def dequantizer(weight: Weight, dtype: torch.dtype, target: str) -> Compiled:
     return build(loop.dequantize_kernel, pointers | numbers, fixed, target, ragged=("KB",))
 
 
-def eight_bit(dtype: torch.dtype, target: str, *, whole: bool = True, BM: int = 64, experts: bool = False) -> Compiled:
+def eight_bit(
+    dtype: torch.dtype, target: str, *, whole: bool = True, BM: int = 64, rank: int = 0, experts: bool = False
+) -> Compiled:
     """The product of 8-bit operands, with one scale a row or one a block of K."""
     x = TYPES[dtype]
     pointers = {
@@ -144,7 +146,7 @@ def eight_bit(dtype: torch.dtype, target: str, *, whole: bool = True, BM: int = 
         **{"sum_ptr": "*fp32", "a_ptr": "*bf16", "up_ptr": "*bf16"},
         **{"order_ptr": "*i32", "expert_ptr": "*i32", "y_ptr": "*bf16"},
     }
-    fixed = {"WHOLE": whole, "SHIFTED": True, "RANK": 0, "EXPERTS": experts, "PARTIAL": False}
+    fixed = {"WHOLE": whole, "SHIFTED": True, "RANK": rank, "EXPERTS": experts, "PARTIAL": False}
     tile = {"BM": BM, "BN": 128, "BK": 128}
     numbers = dict.fromkeys(("M", "N", "K", "block", "tiles_per_split", "sw_expert", "copies"), "i32")
     ragged = ("M", "tiles_per_split", "copies")

@@ -72,6 +72,8 @@ def test_the_other_kernels(target: str) -> None:
         ahead.combiner(target, rank=32),
         ahead.eight_bit(torch.int8, target),
         ahead.eight_bit(torch.int8, target, experts=True),
+        ahead.eight_bit(torch.int8, target, rank=32),  # LLM.int8's columns
+        compiled(Weight(SHAPE, 4, 64, "signed_integers", "scales_and_zeros"), torch.bfloat16, few, target),
         compiled(replace(W4, ranges="scales", unit=4), torch.int8, few, target),
         compiled(W4, torch.float16, few, target, rank=32, experts=True),
         compiled(nvfp4, torch.bfloat16, few, target),

@@ -46,6 +46,15 @@ def integer(code, s, z, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def signed_integers(
+    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+):
+    """`(value - z) s` of signed values: a code less the middle one. `z` is any float, so it cannot take that on."""
+    code, middle = code_pairs(w0, w1, w2, plane, BITS), 1 << (BITS - 1)
+    return integer((code & 0xFFFF) - middle, s0, z0, DTYPE), integer((code >> 16) - middle, s1, z1, DTYPE)
+
+
+@triton.jit
 def number(s, DTYPE: tl.constexpr):
     """A scale in float32: it is one, or the 16 bits of one in the type of the product."""
     if s.dtype == tl.int16:

@@ -6,6 +6,7 @@ from torch import Tensor
 from hf_quant.formats import Layer, PackedFormat, Tensors
 from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels.bnb_int8.backend import THRESHOLD, BitsAndBytes
+from hf_quant.kernels.bnb_int8.gpu import Triton
 from hf_quant.qtensor import QTensor
 from hf_quant.spec import Spec, act_spec
 
@@ -23,7 +24,7 @@ class BnbInt8(PackedFormat):
 
     id = "bnb-int8/1"
     priority = -10  # only when a method names it: which columns are kept depends on the batch
-    kernels = (BitsAndBytes(),)
+    kernels = (BitsAndBytes(), Triton())
 
     def holds(self, layer: Layer) -> str | None:
         """Exactly LLM.int8: symmetric 8-bit rows with float32 scales, symmetric 8-bit tokens."""
