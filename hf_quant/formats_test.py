@@ -46,10 +46,11 @@ def test_an_unknown_id_names_the_known_ones() -> None:
         format_named("int-group/9")
 
 
-def test_kernels_are_tried_in_order() -> None:
+def test_kernels_are_tried_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_quant.kernels._cpu.native.why_not", lambda: "no compiler")
     layer = Layer((16, 64), int_spec(4, 32))
     name, refused = choose_kernel(format_named("int-group/1"), layer, torch.device("cpu"), torch.bfloat16)
-    assert (name, refused) == ("torch-int4-cpu", {})
+    assert (name, refused) == ("torch-int4-cpu", {"native-cpu": "no compiler"})
     name, refused = choose_kernel(format_named("int-group/1"), layer, torch.device("cpu"), torch.float32)
     assert name == "reference"
     assert refused["torch-int4-cpu"] == "fast in bfloat16 only, not float32"

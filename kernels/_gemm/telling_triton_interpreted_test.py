@@ -11,6 +11,7 @@ import hf_quant
 from hf_quant.errors import ConfigError
 from hf_quant.formats import format_named
 from hf_quant.hadamard import Hadamard
+from hf_quant.kernels._cpu.kernel import NativeKernel
 from hf_quant.kernels._gemm import configs, tune
 from hf_quant.kernels._gemm.configs import Config, choose, key
 from hf_quant.kernels._gemm.operand import Weight
@@ -26,7 +27,8 @@ N, K = 32, 64
 @pytest.fixture(autouse=True)
 def on_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("hf_quant.kernels._gemm.machine.refuses", lambda device, dtype: None)
-    monkeypatch.setattr(Int8Mm, "supports", lambda *_: "not on a GPU")
+    for kernel in (Int8Mm, NativeKernel):
+        monkeypatch.setattr(kernel, "supports", lambda *_: "not on a GPU")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     configs.remembered.cache_clear()
     choose.cache_clear()

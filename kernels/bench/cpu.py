@@ -6,6 +6,7 @@ spoil these. Other libraries (`cpu_peers.py`) take part where they can be import
 """
 
 import json
+import math
 import platform
 import sys
 import time
@@ -34,6 +35,7 @@ LAYERS: dict[str, tuple[str, Spec, Spec | None]] = {
     "W2 g64": ("int-group/1", int_spec(2, 64), None),
     "W3 g64": ("int-group/1", int_spec(3, 64), None),
     "W4 g128": ("int-group/1", int_spec(4, 128), None),
+    "W4A8 g128": ("int-group/1", int_spec(4, 128), act_spec(8)),
     "W8 rows": ("int-group/1", int_spec(8, symmetric=True), None),
     "W8A8 rows": ("int8-act/1", int_spec(8, symmetric=True), act_spec(8)),
     "FP8 rows": ("float8/1", Spec(grid=E4M3, block=(1, -1)), None),
@@ -126,7 +128,16 @@ def measure(
     used |= {p.package: version(p.package) for p in peers if p.name in others and p.package is not None}
     machine = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": 1, **used}
     bits = {p.name: {"weights": p.weights, "inputs": p.inputs} for p in peers if p.name in others}
-    return {"shape": list(shape), "machine": machine, "peers": bits, "absent": absent, "milliseconds": rows}
+    ours = {
+        title: {"weights": _bits(weights), "inputs": 16 if inputs is None else _bits(inputs)}
+        for title, (_, weights, inputs) in LAYERS.items()
+    }
+    measured = {"layers": ours, "peers": bits, "absent": absent, "milliseconds": rows}
+    return {"shape": list(shape), "machine": machine, **measured}
+
+
+def _bits(spec: Spec) -> int:
+    return math.ceil(spec.grid.bits)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,10 @@ def cpu_figures(result: Mapping[str, Any]) -> str:
         rows = [[n, *(f"{base[n][t] / runs[n][t]:.2f}" for t in dense)] for n in layers]
         parts.append(f"{title}; columns are tokens:\n\n" + _table(["", *dense], rows))
     peers = result.get("peers", {})
+    rows = [_beside(n, bits, peers, times, runs[n]) for n, bits in result.get("layers", {}).items()]
+    if any(rows):
+        title = "Times the fastest other with as many bits of weights and of tokens; columns are tokens"
+        parts.append(f"{title}:\n\n" + _table(["", *dense], [row for row in rows if row]))
     for kind, bits in (("bf16", 16), ("8-bit", 8), ("4-bit", 4)):
         rows = [
             [n, str(peer["inputs"]), *(f"{dense[t] / ms:.2f}" for t, ms in times[n].items())]
@@ -102,6 +106,19 @@ def cpu_figures(result: Mapping[str, Any]) -> str:
         parts.append("Not there: " + "; ".join(f"{n} ({why})" for n, why in result["absent"].items()) + ".")
     parts.append("torch's bf16 product, milliseconds: " + ", ".join(f"{v:g}" for v in dense.values()) + ".")
     return "\n\n".join(parts)
+
+
+def _beside(
+    name: str,
+    bits: Mapping[str, int],
+    peers: Mapping[str, Mapping[str, int]],
+    times: Mapping[str, Mapping[str, float]],
+    ours: Mapping[str, float],
+) -> list[str]:
+    """A row of ratios, each with who it is to; nothing where nobody has these bits."""
+    equals = [peer for peer, own in peers.items() if own == bits]
+    best = {t: min(equals, key=lambda peer: times[peer][t]) for t in ours} if equals else {}
+    return [name, *(f"{times[peer][t] / ours[t]:.2f} ({peer})" for t, peer in best.items())] if best else []
 
 
 def memory_figures(result: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from hf_quant.formats import Layer, PackedFormat, Tensors
 from hf_quant.grids import DynamicGrid, FloatGrid, LevelGrid
 from hf_quant.kernels.bnb_4bit.backend import BitsAndBytes
 from hf_quant.kernels.bnb_4bit.gpu import Triton
+from hf_quant.kernels.bnb_4bit.native import Native
 from hf_quant.kernels.bnb_4bit.scales import NESTED_BLOCK, block_scales
 from hf_quant.qtensor import QTensor
 
@@ -41,7 +42,7 @@ class Bnb4Bit(PackedFormat):
         self.grid = LevelGrid(tuple(sorted(set(levels))))
         self._code_of_level = torch.tensor([levels.index(v) for v in self.grid.levels], dtype=torch.uint8)
         self._level_of_code = torch.tensor([self.grid.levels.index(v) for v in levels], dtype=torch.uint8)
-        self.kernels = (BitsAndBytes(name), Triton(levels))
+        self.kernels = (Native(levels), BitsAndBytes(name), Triton(levels))
         super().__init__()
 
     def holds(self, layer: Layer) -> str | None:

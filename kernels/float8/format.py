@@ -7,6 +7,7 @@ from hf_quant.formats import Kernel, Layer, PackedFormat, Tensors
 from hf_quant.grids import E4M3, E5M2
 from hf_quant.kernels.float8.gpu import Canonical, Triton
 from hf_quant.kernels.lut.cpu import TableCpu
+from hf_quant.kernels.lut.native import Float8Native
 from hf_quant.kernels.lut.scales import Layout, check_scales, pack_scales, refuses, scale_layout, unpack_scales
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime import activation
@@ -24,7 +25,7 @@ class Float8(PackedFormat):
     """
 
     id = "float8/1"
-    kernels: tuple[Kernel, ...] = (TableCpu(), Canonical(), Triton())
+    kernels: tuple[Kernel, ...] = (Float8Native(), TableCpu(), Canonical(), Triton())
     priority = 10  # lut-group could hold it as a table of 256
 
     def holds(self, layer: Layer) -> str | None:

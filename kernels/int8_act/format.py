@@ -7,6 +7,7 @@ from hf_quant.formats import Layer, PackedFormat, Tensors
 from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels.int8_act.cpu import Int8Mm
 from hf_quant.kernels.int8_act.gpu import Triton
+from hf_quant.kernels.int8_act.native import Native
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import refuses, timed
 
@@ -23,7 +24,7 @@ class Int8Act(PackedFormat):
 
     id = "int8-act/1"
     priority = 10  # what it holds, it runs faster than int-group
-    kernels = (Int8Mm(), Triton())
+    kernels = (Native(), Int8Mm(), Triton())
 
     def holds(self, layer: Layer) -> str | None:
         """Symmetric 8-bit rows, with integer inputs of one scale a token (dynamic) or one in all (static)."""

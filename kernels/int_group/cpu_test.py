@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_quant.formats import Layer, choose_kernel, format_named
+from hf_quant.formats import Layer, format_named
+from hf_quant.kernels._cpu import native
 from hf_quant.kernels.int_group.cpu import INT4_TOKENS, INT8_TOKENS, Int4Cpu
+from hf_quant.kernels.int_group.native import Native
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.explain import explain
 from hf_quant.runtime.linear import QuantLinear
@@ -30,7 +32,7 @@ def test_narrow_codes_are_codes_of_four_bits(bits: int, group: int, symmetric: b
     zero = None if symmetric else torch.randint(0, 1 << bits, blocks, generator=generator).float()
     q, layer = QTensor(codes, scale, zero, spec, shape), Layer(shape, spec)
     tensors = FORMAT.pack(q)
-    assert choose_kernel(FORMAT, layer, torch.device("cpu"), torch.bfloat16)[0] == Int4Cpu.name
+    assert Int4Cpu().supports(layer, torch.device("cpu"), torch.bfloat16) is None
     blob = Int4Cpu().prepare(tensors, layer, torch.bfloat16)
     assert blob[0].nbytes == codes.numel() // 2
     one_hot = torch.eye(192).bfloat16()
@@ -76,9 +78,24 @@ def test_the_gradient_is_of_the_same_weight(N: int, K: int, group: int) -> None:
 
 
 @pytest.mark.parametrize(("spec", "upto"), [(int_spec(4, 32), INT4_TOKENS), (int_spec(8, symmetric=True), INT8_TOKENS)])
-def test_explain_says_where_it_changes_over(spec: Spec, upto: int) -> None:
+def test_explain_says_where_it_changes_over(spec: Spec, upto: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: "no compiler")
     q = refit(torch.randn(64, 64), spec)
     model = torch.nn.Sequential(QuantLinear.from_qtensor(q, FORMAT, dtype=torch.bfloat16))
     (row,) = explain(model)
     assert [last for last, _ in row.runs] == [upto, None]
     assert all("product" in what for _, what in row.runs)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no native product: {native.why_not()}")
+@pytest.mark.parametrize("spec", [int_spec(b, 24, symmetric=s) for b in (1, 3, 4, 5, 8) for s in (True, False)])
+def test_the_native_product_prints_the_weight_and_its_gradient(spec: Spec) -> None:
+    """One-hot inputs, few and many: float32 keeps `code - zero` and rounds the scaled value once, as the reference."""
+    layer, kernel = Layer((40, 192), spec), Native()
+    tensors = FORMAT.pack(refit(torch.randn(40, 192, generator=torch.Generator().manual_seed(1)), spec))
+    blob, W_NK = kernel.prepare(tensors, layer, torch.bfloat16), FORMAT.weight(tensors, layer, torch.bfloat16)
+    kept, eye = {n: t for n, t in tensors.items() if n != "qweight"}, torch.eye(192).bfloat16()
+    few = torch.cat([kernel.run(x, kept, blob, layer) for x in eye.split(5)])
+    assert torch.equal(few.T, W_NK)
+    assert torch.equal(kernel.run(eye, kept, blob, layer).T, W_NK)
+    assert torch.equal(kernel.gradient(torch.eye(40).bfloat16(), kept, blob, layer), W_NK)

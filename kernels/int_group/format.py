@@ -8,6 +8,7 @@ from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels.int_group.bitstream import pack_bits, take_bits, unpack_bits, words
 from hf_quant.kernels.int_group.cpu import Int4Cpu, Int8Cpu
 from hf_quant.kernels.int_group.gpu import Triton
+from hf_quant.kernels.int_group.native import Native
 from hf_quant.kernels.int_group.reference import dequantize, zero_codes
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import refuses
@@ -23,7 +24,7 @@ class IntGroup(PackedFormat):
     """
 
     id = "int-group/1"
-    kernels: tuple[Kernel, ...] = (Int4Cpu(), Int8Cpu(), Triton())
+    kernels: tuple[Kernel, ...] = (Native(), Int4Cpu(), Int8Cpu(), Triton())
 
     def holds(self, layer: Layer) -> str | None:
         """Integer grids, blocks within one row or over all rows, float scales, zero none or int."""

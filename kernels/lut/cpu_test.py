@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from hf_quant.formats import Layer, choose_kernel, format_named
+from hf_quant.formats import Layer, format_named
 from hf_quant.grids import E4M3, E5M2, CodebookGrid, FloatGrid, Grid, LevelGrid, MiniFloatGrid
+from hf_quant.kernels._cpu import native
+from hf_quant.kernels._cpu.kernel import NativeKernel
 from hf_quant.kernels.bnb_4bit.format import NF4
 from hf_quant.kernels.lut.cpu import CodebookCpu, TableCpu
 from hf_quant.runtime.packed import refit
@@ -38,8 +40,8 @@ def decoded(spec: Spec, shape: tuple[int, int], name: str) -> None:
     layer = Layer(shape, spec)
     fmt = next(f for f in map(format_named, ("float8/1", "lut-group/1", "codebook-group/1")) if f.holds(layer) is None)
     tensors = fmt.pack(refit(W_NK, spec))
-    assert choose_kernel(fmt, layer, CPU, BF16)[0] == name
     kernel = next(k for k in fmt.kernels if k.name == name)
+    assert kernel.supports(layer, CPU, BF16) is None
     blob = kernel.prepare(tensors, layer, BF16)
     y_KN = kernel.run(torch.eye(shape[1], dtype=BF16), tensors, blob, layer)
     assert torch.equal(y_KN.T, fmt.weight(tensors, layer, BF16))
@@ -52,6 +54,13 @@ def test_tables(name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("hf_quant.kernels.lut.cpu.DECODED", 3 * shape[1])  # several slices, the last one shorter
     monkeypatch.setattr("hf_quant.kernels.lut.cpu.MULTIPLIED", 20 * shape[1])
     decoded(TABLES[name], shape, TableCpu.name)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no native product: {native.why_not()}")
+@pytest.mark.parametrize("name", [name for name, spec in TABLES.items() if not spec.tensor_scale])
+def test_tables_in_registers(name: str) -> None:
+    """The scale of the tensor joins that of the block first, which may round once more than the reference."""
+    decoded(TABLES[name], (48, 192), NativeKernel.name)
 
 
 @pytest.mark.parametrize("block", [(1, -1), (1, 48), (-1, -1), (12, 32)])

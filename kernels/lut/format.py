@@ -9,6 +9,7 @@ from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits, words
 from hf_quant.kernels.lut.cpu import CodebookCpu, TableCpu
 from hf_quant.kernels.lut.decode import table_grid, unpack
 from hf_quant.kernels.lut.gpu import CodebookTriton, Triton
+from hf_quant.kernels.lut.native import Native
 from hf_quant.kernels.lut.rotated import RotatedInput
 from hf_quant.kernels.lut.scales import Layout, check_scales, pack_scales, refuses, scale_layout
 from hf_quant.qtensor import QTensor
@@ -25,7 +26,7 @@ class LutGroup(PackedFormat):
     """
 
     id = "lut-group/1"
-    kernels: tuple[Kernel, ...] = (TableCpu(), Triton(), RotatedInput())
+    kernels: tuple[Kernel, ...] = (Native(), TableCpu(), Triton(), RotatedInput())
 
     def holds(self, layer: Layer) -> str | None:
         """Grids with a table, blocks of any shape, float scales, no zero point."""

@@ -1,0 +1,173 @@
+"""What every format's kernel on the C++ product shares."""
+
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_quant.formats import Layer, Tensors
+from hf_quant.grids import FloatGrid, IntGrid
+from hf_quant.kernels._cpu import layout, native
+from hf_quant.runtime.activation import fake_quantize, quantize_input, timed
+from hf_quant.spec import Spec
+
+SLICE = 1 << 19  # weights unpacked at once
+LONGEST_SUM = (2**31 - 1) // (255 * 128)  # products of 8-bit codes that an int32 always holds
+
+
+class NativeKernel(ABC):
+    """A `Restoring`, `Describing` kernel on CPU. Its blob is that of `native.multiply`."""
+
+    name: ClassVar[str] = "native-cpu"
+    replaces: ClassVar[tuple[str, ...]] = ("qweight",)
+
+    @abstractmethod
+    def takes(self, layer: Layer) -> str | None:
+        """None when the product can be told such a layer, else the reason why not."""
+
+    @abstractmethod
+    def codes(self, qweight: Tensor, layer: Layer) -> Tensor:
+        """Some rows of `qweight` -> codes, uint8 `[rows, K]`."""
+
+    @abstractmethod
+    def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
+        """Inverse of `codes`."""
+
+    @abstractmethod
+    def ranges(self, tensors: Tensors, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        """(scales, zero points in codes where they may be others than the middle one), float32 `[N or 1, G]` each."""
+
+    def kind(self, layer: Layer) -> native.Kind:
+        """How its codes meet tokens."""
+        if integer_tokens(layer.inputs):
+            return "integers4" if layer.weights.grid.bits <= 4 else "integers8"
+        return "levels4" if layer.weights.grid.bits <= 4 else "bytes8"
+
+    def values(self, layer: Layer) -> Tensor:
+        """What codes stand for where a table says so."""
+        return torch.arange(16.0) - self.middle(layer)
+
+    def middle(self, layer: Layer) -> int:
+        """The code that stands for 0 where no zero points are."""
+        return 1 << (int(layer.weights.grid.bits) - 1)
+
+    def supports(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+        """See `Kernel.supports`."""
+        if device.type != "cpu":
+            return f"runs on cpu, not {device.type}"
+        if (reason := self.takes(layer)) is not None:
+            return reason
+        integers = self.kind(layer).startswith("integers")
+        kinds = (torch.bfloat16, torch.float32) if integers else (torch.bfloat16,)
+        if dtype not in kinds:
+            return f"fast in {' and '.join(str(k).removeprefix('torch.') for k in kinds)} only, not {dtype}"
+        group, K = layer.weights.block_size(layer.shape)[1], layer.shape[1]
+        if group < K and group % layout.INPUTS:
+            return f"needs groups in multiples of {layout.INPUTS} inputs, not of {group}"
+        if integers and K > LONGEST_SUM:
+            return f"sums of more than {LONGEST_SUM} products can overflow, and there are {K} inputs"
+        return native.why_not()
+
+    def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+        """See `native.multiply`."""
+        (N, K), kind = layer.shape, self.kind(layer)
+        bits, integers = int(kind[-1]), kind.startswith("integers")
+        words = torch.empty(-(-N // layout.OUTPUTS), -(-K // layout.INPUTS), 16 * bits, dtype=torch.uint8)
+        step = max(1, SLICE // (K * layout.OUTPUTS))
+        for first in range(0, len(words), step):  # whole matrices of codes would leave holes in the heap
+            rows = slice(first * layout.OUTPUTS, (first + step) * layout.OUTPUTS)
+            codes = self.codes(tensors["qweight"][rows], layer)
+            codes = codes - self.middle(layer) if kind == "bytes8" else codes
+            words[first : first + step] = layout.pack(codes, bits, integers=integers)
+        scale, zero = self.ranges(tensors, layer)
+        shift = torch.empty(0) if zero is None else self.middle(layer) - zero
+        table = sums = torch.empty(0)
+        if integers and layer.inputs is not None and layer.inputs.zero != "none":
+            sums = self._sums(tensors, layer, scale, shift)
+        if kind in ("levels4", "floats4", "levels8"):
+            table = native.table(self.values(layer), kind)
+        shift = _by_group(shift, N) if bool(shift.any()) else torch.empty(0)
+        return [words, _by_group(scale, N), shift, table, sums]
+
+    def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
+        """See `Restoring.restore`."""
+        step = max(1, SLICE // (layer.shape[1] * layout.OUTPUTS))
+        parts = [self.stored(self.unpacked(part, layer), layer) for part in blob[0].split(step)]
+        return {"qweight": torch.cat(parts)[: layer.shape[0]].contiguous()}
+
+    def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
+        """See `Kernel.run`."""
+        kind, group, middle = _facts(self, layer.key)
+        x: Tensor | native.Tokens
+        if kind in ("integers4", "integers8"):
+            assert layer.inputs is not None  # noqa: S101  `integer_tokens`
+            x = as_integers(x_TK, layer.inputs, tensors)
+        else:
+            x = fake_quantize(x_TK, layer.inputs, tensors).contiguous()
+        return native.multiply(x, blob, layer.shape[0], kind, group, middle, x_TK.dtype)
+
+    def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
+        """See `Describing.describe`."""
+        of = "products of integers" if self.kind(layer).startswith("integers") else "bfloat16 products"
+        if self.kind(layer) == "integers8":
+            return ((None, f"{of}, codes as they are"),)
+        return (8, f"{of}, codes decoded in registers"), (None, f"{of}, codes decoded once, into the cache")
+
+    def unpacked(self, words: Tensor, layer: Layer) -> Tensor:
+        """Some of the blob's words -> codes, at most K columns."""
+        kind = self.kind(layer)
+        codes = layout.unpack(words, int(kind[-1]), integers=kind.startswith("integers"))
+        codes = codes + self.middle(layer) if kind == "bytes8" else codes
+        return codes if codes.shape[1] < layer.shape[1] else codes[:, : layer.shape[1]]
+
+    def _sums(self, tensors: Tensors, layer: Layer, scale: Tensor, shift: Tensor) -> Tensor:
+        """Of the dequantized rows, float32 `[N']`."""
+        (N, K), group = layer.shape, layer.weights.block_size(layer.shape)[1]
+        found, index = torch.zeros(-(-N // layout.OUTPUTS) * layout.OUTPUTS), torch.arange(K) // group
+        for first in range(0, N, step := max(1, SLICE // K)):
+            rows = slice(first, min(first + step, N))
+            W = self.codes(tensors["qweight"][rows], layer).float() - self.middle(layer)
+            own = [(t if len(t) == 1 else t[rows])[:, index] for t in (scale, shift) if t.numel()]
+            W = W + own[1] if len(own) > 1 else W
+            found[rows] = (W * own[0]).sum(1)
+        return found
+
+
+@cache
+def _facts(kernel: NativeKernel, key: str) -> tuple[native.Kind, int, int]:
+    """(kind, columns of a group, the middle code): a call should not ask for them again."""
+    layer = Layer.from_key(key)
+    group = layer.weights.block_size(layer.shape)[1]
+    return kernel.kind(layer), group if group < layer.shape[1] else 1 << 40, kernel.middle(layer)
+
+
+def integer_tokens(inputs: Spec | None) -> bool:
+    """Whether the product is one of integers: tokens of at most 8 bits with one scale each."""
+    if inputs is None or timed(inputs) or not isinstance(inputs.grid, IntGrid) or inputs.grid.bits > 8:
+        return False
+    if inputs.scale != FloatGrid("float32") or inputs.block[1] != -1 or inputs.power != 1 or inputs.zero == "float":
+        return False
+    return inputs.zero == "int" or inputs.grid.low < 0
+
+
+def as_integers(x_TK: Tensor, spec: Spec, tensors: Tensors) -> native.Tokens:
+    """Tokens on the grid of `spec`; see `quantize_input`."""
+    grid = spec.grid
+    assert isinstance(grid, IntGrid)  # noqa: S101  `integer_tokens`
+    if spec.range == "dynamic":
+        return native.quantize(x_TK.contiguous(), grid.low, grid.high, asymmetric=spec.zero == "int")
+    q = quantize_input(x_TK, spec, tensors)
+    less = 128 if grid.high > 127 else 0
+    values = (q.codes + (grid.low - less)).view(torch.int8).contiguous()
+    zero = None if q.zero is None else (q.zero.reshape(-1) - less).expand(len(x_TK)).contiguous()
+    return native.Tokens(values, q.scale.reshape(-1).float().expand(len(x_TK)).contiguous(), zero)
+
+
+def _by_group(blocks: Tensor, N: int) -> Tensor:
+    """`[N or 1, G]` -> `[G, N']`, in bfloat16 where that holds every value."""
+    padded = F.pad(blocks.expand(N, -1).T, (0, -N % layout.OUTPUTS)).contiguous()
+    narrow = padded.bfloat16()
+    return narrow if torch.equal(narrow.float(), padded) else padded.float()

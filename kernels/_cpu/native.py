@@ -1,0 +1,192 @@
+"""The C++ product: compiled where it first runs, kept in the cache folder, called by address."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-w")
+# How codes meet tokens: a table of 16 values in bfloat16, or of values that are none; one of 256; signed bytes; or the
+# codes themselves, with integer tokens.
+Kind = Literal["levels4", "floats4", "levels8", "bytes8", "integers4", "integers8"]
+KINDS: tuple[Kind, ...] = ("levels4", "floats4", "levels8", "bytes8", "integers4", "integers8")
+MACHINE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma")
+
+
+class Product(ctypes.Structure):
+    """`Product` of product.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("w", "table", "s", "d", "rows", "sx", "zx", "y")),
+        *((name, ctypes.c_int64) for name in ("M", "N", "K", "group")),
+        *((name, ctypes.c_int) for name in ("narrow_s", "narrow_d", "narrow_y", "middle", "threads")),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """Tokens as integers: `x = (values - zero) scale`; int8 `[M, K]`, float32 `[M]`, float32 `[M]` or None."""
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+@cache
+def why_not() -> str | None:
+    """None where the product runs, else the reason why not."""
+    if platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
+        return "made for x86-64 on Linux"
+    capable = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
+    if not capable or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "needs a processor with AVX-512, its VNNI and its BF16"
+    try:
+        library()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"could not be compiled here ({str(error).splitlines()[0][:120]})"
+    return None
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled file, loaded.
+
+    Raises:
+        OSError: no C++ compiler (`$CXX`, g++, clang++), no folder to write to, or symbols of OpenMP that torch lacks.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("there is no C++ compiler: neither $CXX, g++ nor clang++")
+    source = files(__package__).joinpath("product.cpp").read_bytes()
+    stamp = hashlib.sha256(source + " ".join((compiler, *FLAGS, *MACHINE)).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_quant" / "cpu"
+    made = folder / f"product-{stamp}.so"
+    if not made.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, source, made)
+    found = ctypes.CDLL(str(made))
+    found.hf_quant_product.argtypes = [ctypes.POINTER(Product), *_types("pli")]
+    found.hf_quant_tokens.argtypes = _types("pilliiiipppi")
+    found.hf_quant_product.restype = found.hf_quant_tokens.restype = None
+    return found
+
+
+def _types(letters: str) -> list[type]:
+    return [{"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}[letter] for letter in letters]
+
+
+def _compile(compiler: str, source: bytes, made: Path) -> None:
+    """Two steps, so that OpenMP's symbols stay open: they are found in torch's own runtime, and threads are shared."""
+    with tempfile.TemporaryDirectory(dir=made.parent) as work:
+        text, binary, whole = (Path(work) / name for name in ("product.cpp", "product.o", "product.so"))
+        text.write_bytes(source)
+        for step in ((*FLAGS, *MACHINE, "-c", text, "-o", binary), ("-shared", binary, "-o", whole)):
+            subprocess.run([compiler, *map(str, step)], check=True, capture_output=True, timeout=300)
+        whole.replace(made)
+
+
+def multiply(
+    x: Tensor | Tokens,
+    blob: list[Tensor],
+    N: int,
+    kind: Kind,
+    group: int,
+    middle: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`y = x W^T`, `[M, N]` in `dtype` (bfloat16 or float32).
+
+    Args:
+        x: bfloat16 `[M, K]`, or integers.
+        blob: words of `layout.pack`; scales and shifts `[G, N']` (N' is N up to a multiple of 16; bfloat16 or float32;
+            shifts may be empty); the table of `table`, or empty; sums of the dequantized rows float32 `[N']`, for
+            tokens with zero points.
+        N: outputs.
+        kind: of codes and tokens.
+        group: columns that share a scale, a multiple of 8, or all.
+        middle: for integers, the code that a shift of 0 takes for zero.
+        dtype: of the result.
+    """
+    words, scale, shift, table, rows = blob
+    values = x.values if isinstance(x, Tokens) else x
+    M, K = values.shape
+    y_MN = torch.empty(M, N, dtype=dtype)
+    if M == 0:
+        return y_MN
+    sx, zx = (x.scale.data_ptr(), x.zero) if isinstance(x, Tokens) else (None, None)
+    width = words.shape[1] * 8
+    product = Product(
+        words.data_ptr(),
+        table.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        rows.data_ptr(),
+        sx,
+        None if zx is None else zx.data_ptr(),
+        y_MN.data_ptr(),
+        M,
+        N,
+        width,
+        min(group, width),
+        scale.dtype == torch.bfloat16,
+        shift.dtype == torch.bfloat16,
+        dtype == torch.bfloat16,
+        middle,
+        torch.get_num_threads(),
+    )
+    library().hf_quant_product(product, values.data_ptr(), K, KINDS.index(kind))
+    return y_MN
+
+
+def table(values: Tensor, kind: Kind) -> Tensor:
+    """What codes stand for, float32 `[16 or 256]`, as the product reads it: bytes."""
+    if kind == "levels8":
+        return values.bfloat16().view(torch.uint8)
+    high = values.repeat(2).bfloat16()  # a lookup reads five bits
+    if kind == "levels4":
+        return high.view(torch.uint8)
+    low = (values.repeat(2) - high.float()).bfloat16()
+    return torch.cat([t.view(torch.uint8) for t in (high, low, values.float())])
+
+
+def quantize(x_MK: Tensor, low: int, high: int, *, asymmetric: bool) -> Tokens:
+    """Tokens onto the grid `low .. high`, each with its own scale: what `runtime.activation.quantize_input` gives.
+
+    Codes of unsigned 8-bit grids and their zero points are less 128. A token with NaN has a scale that is NaN.
+
+    Args:
+        x_MK: bfloat16 or float32, contiguous.
+        low: least value of the grid.
+        high: largest.
+        asymmetric: with an integer zero point.
+    """
+    M, K = x_MK.shape
+    values, scale = torch.empty(M, K, dtype=torch.int8), torch.empty(M)
+    zero = torch.empty(M) if asymmetric else None
+    library().hf_quant_tokens(
+        x_MK.data_ptr(),
+        x_MK.dtype == torch.bfloat16,
+        M,
+        K,
+        low,
+        high,
+        128 if high > 127 else 0,
+        asymmetric,
+        values.data_ptr(),
+        scale.data_ptr(),
+        None if zero is None else zero.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return Tokens(values, scale, zero)

@@ -1,0 +1,148 @@
+"""The C++ product against arithmetic in float64, its layout, its quantizer, and where it is not to be had."""
+
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_quant.kernels._cpu import layout, native
+from hf_quant.kernels._cpu.kernel import as_integers, integer_tokens
+from hf_quant.runtime.activation import quantize_input
+from hf_quant.spec import act_spec
+
+needs_it = pytest.mark.skipif(native.why_not() is not None, reason=f"no native product: {native.why_not()}")
+
+
+def drawn(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 8), (37, 100)])
+def test_unpacking_is_the_inverse_of_packing(bits: int, integers: bool, shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    words = layout.pack(codes, bits, integers=integers)
+    assert words.shape == (-(-shape[0] // 16), -(-shape[1] // 8), 16 * bits)
+    found = layout.unpack(words, bits, integers=integers)
+    assert torch.equal(found[: shape[0], : shape[1]], codes)
+    assert not found[shape[0] :].any()
+    assert not found[:, shape[1] :].any()
+
+
+def test_golden_bytes() -> None:
+    """The layouts as they are described: inputs 0 .. 7 of output 3."""
+    codes = torch.zeros(16, 8, dtype=torch.uint8)
+    codes[3] = torch.arange(1, 9)
+    assert layout.pack(codes, 4, integers=False)[0, 0, 12:16].tolist() == [0x31, 0x75, 0x42, 0x86]
+    assert layout.pack(codes, 4, integers=True)[0, 0, 12:16].tolist() == [0x51, 0x62, 0x73, 0x84]
+    assert layout.pack(codes, 8, integers=False)[0, 0, 6:128:32].tolist() == [1, 3, 5, 7]
+    assert layout.pack(codes, 8, integers=True)[0, 0, [12, 13, 14, 15, 76]].tolist() == [1, 2, 3, 4, 5]
+
+
+SHIFTED: tuple[native.Kind, ...] = ("levels4", "bytes8", "integers4", "integers8")  # other tables have no zero points
+TABLES = {"levels4": torch.arange(16.0) - 8, "floats4": drawn(16), "levels8": drawn(256).bfloat16().float()}
+
+
+@needs_it
+@pytest.mark.parametrize(("kind", "shifted"), [*((k, False) for k in native.KINDS), *((k, True) for k in SHIFTED)])
+def test_products(kind: native.Kind, shifted: bool) -> None:
+    """Every number of tokens that has a way of its own, ragged shapes, groups of one block and of all columns."""
+    integers, bits = kind.startswith("integers"), int(kind[-1])
+    middle = 1 << (bits - 1)
+    for N, K, group in ((1, 1, 8), (37, 100, 1 << 40), (48, 192, 64), (100, 520, 8), (70, 1040, 520)):
+        codes = torch.randint(0, 1 << bits, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(K))
+        values = TABLES[kind][codes.int()] if kind in TABLES else codes.float() - middle
+        G, rows = -(-K // group), -(-N // 16) * 16
+        scale, shift = drawn(G, rows).abs() + 0.1, drawn(G, rows).mul(3).round() * shifted
+        of = torch.arange(K) // group
+        W_NK = ((values.double() + shift.double()[of, :N].T) * scale.double()[of, :N].T).double()
+        zero = drawn(530).mul(9).round() if integers and shifted else None
+        stored = codes - middle if kind == "bytes8" else codes
+        blob = [
+            layout.pack(stored, bits, integers=integers),
+            scale,
+            shift if shifted else torch.empty(0),
+            native.table(TABLES[kind], kind) if kind in TABLES else torch.empty(0),
+            torch.nn.functional.pad(W_NK.sum(1).float(), (0, rows - N)) if zero is not None else torch.empty(0),
+        ]
+        for M in (0, 1, 2, 3, 7, 9, 41, *((530,) if K == 100 else ())):
+            x_MK: Tensor | native.Tokens
+            if integers:
+                ints = torch.randint(-128, 128, (M, K), dtype=torch.int8, generator=torch.Generator().manual_seed(M))
+                step = drawn(M).abs() + 0.1
+                x_MK = native.Tokens(ints, step, None if zero is None else zero[:M].contiguous())
+                exact = (ints.double() - (0 if zero is None else zero[:M, None].double())) * step[:, None].double()
+            else:
+                x_MK = drawn(M, K).bfloat16()
+                exact = x_MK.double()
+            y_MN = native.multiply(x_MK, blob, N, kind, group, middle, torch.float32)
+            size = exact.abs() @ W_NK.abs().T  # what rounding is relative to
+            once = 2**-8 if kind == "floats4" else 2**-17  # many tokens: weights are rounded to bfloat16
+            assert ((y_MN.double() - exact @ W_NK.T).abs() <= once * size + 1e-30).all()
+            narrow = native.multiply(x_MK, blob, N, kind, group, middle, torch.bfloat16)
+            assert torch.equal(narrow, y_MN.bfloat16())
+
+
+@needs_it
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spec", [act_spec(8), act_spec(8, symmetric=False), act_spec(4), act_spec(6, symmetric=False)])
+def test_tokens_are_quantized_as_they_are_elsewhere(spec: object, dtype: torch.dtype) -> None:
+    x_TK = drawn(9, 100).mul(3).to(dtype)
+    x_TK[2], x_TK[3], x_TK[4] = 0, x_TK[3].abs(), -x_TK[4].abs()
+    assert integer_tokens(spec)
+    found, wanted = as_integers(x_TK, spec, {}), quantize_input(x_TK, spec, {})
+    less = 128 if spec.grid.high > 127 else 0
+    assert torch.equal(found.values.int() + less, wanted.codes.int() + spec.grid.low)
+    assert torch.equal(found.scale, wanted.scale[:, 0])
+    assert found.zero is None if wanted.zero is None else torch.equal(found.zero + less, wanted.zero[:, 0])
+    x_TK[5, 7] = float("nan")
+    assert as_integers(x_TK, spec, {}).scale.isnan().tolist() == [i == 5 for i in range(9)]
+
+
+@needs_it
+def test_threads_share_the_work_and_give_the_same() -> None:
+    codes = torch.randint(0, 16, (500, 256), dtype=torch.uint8)
+    blob = [
+        layout.pack(codes, 4, integers=False),
+        torch.ones(1, 512),
+        torch.empty(0),
+        native.table(TABLES["levels4"], "levels4"),
+        torch.empty(0),
+    ]
+    before = torch.get_num_threads()
+    for M in (1, 8, 64):
+        x = drawn(M, 256).bfloat16()
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(native.multiply(x, blob, 500, "levels4", 1 << 40, 8, torch.bfloat16))
+        torch.set_num_threads(before)
+        assert torch.equal(*found)
+    calls = [
+        threading.Thread(target=native.multiply, args=(x, blob, 500, "levels4", 1 << 40, 8, x.dtype)) for _ in "12"
+    ]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join(10)
+        assert not call.is_alive()
+
+
+def test_without_a_compiler_there_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: True)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    uncached = native.library.__wrapped__
+    monkeypatch.setattr(native, "library", uncached)
+    assert "no C++ compiler" in str(native.why_not.__wrapped__())
+    monkeypatch.setattr(native, "_compile", lambda *_: (_ for _ in ()).throw(subprocess.CalledProcessError(1, "g++")))
+    monkeypatch.setattr("shutil.which", lambda _: "/bin/false")
+    assert "could not be compiled here" in str(native.why_not.__wrapped__())
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
+    assert "AVX-512" in str(native.why_not.__wrapped__())

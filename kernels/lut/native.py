@@ -1,0 +1,79 @@
+"""The C++ kernels of `lut-group/1` and `float8/1` on CPU: tables looked up in registers."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_quant.formats import Layer, Tensors
+from hf_quant.grids import E4M3
+from hf_quant.kernels._cpu import native
+from hf_quant.kernels._cpu.kernel import NativeKernel
+from hf_quant.kernels._gemm.kernel import by_row
+from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
+from hf_quant.kernels.lut.decode import table_grid
+from hf_quant.kernels.lut.scales import unpack_scales
+
+
+@dataclass(frozen=True, slots=True)
+class Native(NativeKernel):
+    """`table[code] scale` with up to 16 values of any kind, or up to 256 that are bfloat16 numbers."""
+
+    def takes(self, layer: Layer) -> str | None:
+        """See `NativeKernel.takes`."""
+        grid = table_grid(layer)
+        if layer.weights.rotation is not None:
+            return "the weights are rotated"
+        if grid.vector != 1:
+            return f"codes of {grid.vector} values"
+        if grid.code_bits > 4 and not _narrow(grid.table()):
+            return f"codes of {grid.code_bits} bits stand for values that bfloat16 does not hold"
+        return None
+
+    def kind(self, layer: Layer) -> native.Kind:
+        """See `NativeKernel.kind`: tokens of 16 bits, rounded before where the layer rounds them."""
+        if table_grid(layer).code_bits > 4:
+            return "levels8"
+        return "levels4" if _narrow(table_grid(layer).table()) else "floats4"
+
+    def middle(self, layer: Layer) -> int:
+        """None: codes stand for what the table says."""
+        return 0
+
+    def values(self, layer: Layer) -> Tensor:
+        """See `NativeKernel.values`."""
+        table = table_grid(layer).table().flatten()
+        return F.pad(table, (0, (256 if table_grid(layer).code_bits > 4 else 16) - len(table)))
+
+    def codes(self, qweight: Tensor, layer: Layer) -> Tensor:
+        """See `NativeKernel.codes`."""
+        return unpack_bits(qweight, table_grid(layer).code_bits, layer.shape[1])
+
+    def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
+        """See `NativeKernel.stored`."""
+        return pack_bits(codes_NK, table_grid(layer).code_bits)
+
+    def ranges(self, tensors: Tensors, layer: Layer) -> tuple[Tensor, None]:
+        """See `NativeKernel.ranges`."""
+        scale, whole = unpack_scales(tensors, layer)
+        return by_row(scale if whole is None else scale * whole, layer), None
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Native(Native):
+    """The same of bytes that are their own codes."""
+
+    def codes(self, qweight: Tensor, layer: Layer) -> Tensor:
+        """See `NativeKernel.codes`."""
+        return qweight.view(torch.uint8)
+
+    def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
+        """See `NativeKernel.stored`."""
+        return codes_NK.view(torch.float8_e4m3fn if layer.weights.grid == E4M3 else torch.float8_e5m2)
+
+
+def _narrow(table: Tensor) -> bool:
+    """Whether bfloat16 holds every value."""
+    finite = table.nan_to_num(0, 0, 0)
+    return torch.equal(finite.bfloat16().float(), finite)
