@@ -213,9 +213,10 @@ def _openvino(bits: int) -> Callable[[Tensor], Bind]:
         if bits == 4:
             halves = (values & 15).to(torch.uint8).flatten()
             packed = (halves[::2] | halves[1::2] << 4).numpy()
-            weight = ops.constant(library.Tensor(packed, shape, library.Type.i4))
         else:
-            weight = ops.constant(values.numpy())
+            packed = values.numpy()
+        kind = library.Type.i4 if bits == 4 else library.Type.i8
+        weight = ops.constant(library.Tensor(packed, shape, kind))
         wide = ops.multiply(ops.convert(weight, "f16"), ops.constant(scale[..., None].half().numpy()))
         matrix = ops.convert(ops.reshape(wide, ops.constant(np.array([N, K])), False), "f32")
         x = ops.parameter([-1, K], library.Type.f32)
@@ -233,6 +234,7 @@ def _openvino(bits: int) -> Callable[[Tensor], Bind]:
 
             return call
 
+        vars(bind)["memory"] = packed  # the tensor does not own it
         return bind
 
     return make
