@@ -283,7 +283,7 @@ def _site_plan(model: nn.Module, site: Site, recipe: Recipe, shares: tuple[str, 
         raise UnsupportedSpec(f"{type(recipe.solver).__name__}: {refusal}")
     if recipe.tuner is not None and (refusal := recipe.tuner.refuses(recipe.weights, recipe.inputs)):
         raise UnsupportedSpec(f"{type(recipe.tuner).__name__}: {refusal}")
-    if recipe.trainer is not None and (refusal := recipe.trainer.refuses(model, recipe.weights, recipe.inputs)):
+    if recipe.trainer is not None and (refusal := recipe.trainer.refuses(model, layer)):
         raise UnsupportedSpec(f"{type(recipe.trainer).__name__}: {refusal}")
     if recipe.format is None:
         return SitePlan(site, recipe, layer, format_for(layer), shares)

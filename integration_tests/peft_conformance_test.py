@@ -30,8 +30,9 @@ METHODS = [m for m in list_methods() if m.domains & {"llm", "moe"}]
 
 
 def arguments_of(method) -> dict[str, int]:
-    """Layers this narrow need small groups, where a method has any."""
-    return {"group_size": 32} if "group_size" in inspect.signature(method.build).parameters else {}
+    """Layers this narrow need small groups and ranks, where a method has any."""
+    known = inspect.signature(method.build).parameters
+    return {name: value for name, value in {"group_size": 32, "rank": 2}.items() if name in known}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=[m.id for m in METHODS])
@@ -158,6 +159,10 @@ def test_an_adapter_is_refused_on_a_base_it_was_not_made_for(tmp_path: Path, cap
     assert said["bits"] == ["4 bits (int-group/1)"]
     with pytest.raises(UnsupportedModel, match=r"base of 4 bits \(int-group/1\).*has 3 bits"):
         PeftModel.from_pretrained(llama(bits=3), tmp_path / "four")
+    with pytest.raises(UnsupportedModel, match="and this one has 3 bits"):
+        llama(bits=3).load_adapter(str(tmp_path / "four"))
+    with pytest.raises(UnsupportedModel, match="and this one has 3 bits"):
+        hotswap_adapter(tuned(llama(bits=3)), str(tmp_path / "four"), adapter_name="default")
     wide = AutoModelForCausalLM.from_config(
         LlamaConfig(
             vocab_size=96,

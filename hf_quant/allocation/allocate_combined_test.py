@@ -13,10 +13,11 @@ import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.allocation.allocate_test import IDS, llama, run, widths
 from hf_quant.errors import UnsupportedSpec
+from hf_quant.formats import Layer
 from hf_quant.ledger import count_bits
 from hf_quant.plan import make_plan
 from hf_quant.recipe import Job
-from hf_quant.spec import Spec, int_spec
+from hf_quant.spec import int_spec
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from hf_quant.spec import Spec, int_spec
         ("spinquant", {"steps": 2}),
         ("awq", {}),
         ("adaround", {"steps": 4}),
-        ("lr-qat", {"steps": 2}),
+        ("lr-qat", {"steps": 2, "rank": 4}),
     ],
 )
 def test_the_budget_is_kept(method: str, more: dict[str, Any], tmp_path: Path) -> None:
@@ -61,8 +62,8 @@ class UpToFour:
 
     epochs: int = 1
 
-    def refuses(self, model: nn.Module, weights: Spec, inputs: Spec | None) -> str | None:
-        return "at most four bits" if getattr(weights.grid, "bits", 0) > 4 else None
+    def refuses(self, model: nn.Module, layer: Layer) -> str | None:
+        return "at most four bits" if getattr(layer.weights.grid, "bits", 0) > 4 else None
 
 
 def test_a_trainer_is_asked_for_every_width() -> None:

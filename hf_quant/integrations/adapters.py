@@ -1,7 +1,8 @@
 """An adapter remembers the quantized base it was trained on, and is refused on another one.
 
-PEFT offers no place for it, so two methods of `PeftModel` are wrapped: saving writes `hf_quant.json` beside the
-adapter, loading onto a quantized model reads it. The adapter stays an ordinary PEFT folder, for float models too.
+PEFT offers no place for it, so saving by `PeftModel` writes `hf_quant.json` beside the adapter, and what loads one onto
+a quantized model reads it: `PeftModel`, transformers' `load_adapter`, and hot-swapping. The adapter stays an ordinary
+PEFT folder, for float models too.
 """
 
 import functools
@@ -14,7 +15,9 @@ from typing import Any
 
 import torch
 from peft.peft_model import PeftModel
+from peft.utils import hotswap
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from hf_quant.errors import UnsupportedModel
 from hf_quant.runtime.packed import Packed, local
@@ -76,10 +79,12 @@ def check(model: nn.Module, made_for: dict[str, Any], where: str) -> None:
 
 
 def wrap() -> None:
-    """Wrap both methods, once."""
+    """Wrap what saves and what loads, once."""
     if not hasattr(PeftModel.save_pretrained, "__wrapped_by_hf_quant__"):
         PeftModel.save_pretrained = _saving(PeftModel.save_pretrained)
-        PeftModel.load_adapter = _loading(PeftModel.load_adapter)
+        PeftModel.load_adapter = _loading(PeftModel.load_adapter, "model_id")
+        PeftAdapterMixin.load_adapter = _loading(PeftAdapterMixin.load_adapter, "peft_model_id")
+        hotswap.hotswap_adapter = _loading(hotswap.hotswap_adapter, "model_name_or_path")
 
 
 def _has_packed(model: nn.Module) -> bool:
@@ -100,14 +105,17 @@ def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
-def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
+def _loading(load: Callable[..., Any], called: str) -> Callable[..., Any]:
+    """A function of a model and of where an adapter lies, which the function calls `called`."""
+
     @functools.wraps(load)
-    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        made_for = _read(str(model_id), kwargs) if _has_packed(self) else None
+    def load_adapter(model: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        model_id = args[0] if args else kwargs.get(called)
+        made_for = _read(str(model_id), kwargs) if model_id is not None and _has_packed(model) else None
         if made_for is not None:
-            check(self, made_for, str(model_id))
+            check(model, made_for, str(model_id))
         try:
-            return load(self, model_id, adapter_name, *args, **kwargs)
+            return load(model, *args, **kwargs)
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise

@@ -20,6 +20,13 @@ from hf_quant.spec import act_spec, int_spec
 from hf_quant.stages.reconstruction import FisherMse
 from hf_quant.testing.subjects import SUBJECTS
 
+RANKS = [
+    ("lr-qat", {"rank": 33}, r"rank=33 is above that of the \[32, 64\] matrix; use rank=32 or less"),
+    ("l4q", {"rank": 33}, r"rank=33 is above that of the \[32, 64\] matrix; use rank=32 or less"),
+    ("qlora", {"rank": 33}, r"rank=33 is above that of the \[32, 64\] matrix; use rank=32 or less"),
+    ("qa-lora", {"rank": 3, "group_size": 32}, r"rank=3 is above that of the \[32, 2\] matrix of groups; use rank=2"),
+]
+
 
 def llama() -> nn.Module:
     return SUBJECTS["llm"].model()
@@ -51,6 +58,16 @@ def test_what_the_loop_cannot_train_is_refused_before_work() -> None:
         Recipe(weights=int_spec(4), inputs=smooth, trainer=trainer).quantize(llama(), Job(data=tokens()))
     with pytest.raises(ConfigError, match="FisherMse needs gradients"):
         replace(trainer, loss=FisherMse())
+
+
+@pytest.mark.parametrize(("method", "given", "what"), RANKS)
+def test_a_rank_that_a_matrix_cannot_have_is_refused_before_work(method: str, given: dict[str, int], what: str) -> None:
+    """Every such layer is named; the data, which is nothing of the kind, is not looked at."""
+    model, config = llama(), QuantConfig(method, bits=4, **given)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedSpec, match=rf"layers\.0\.self_attn\.k_proj: Qat: {what}.*layers\.1"):
+        hf_quant.finetune(model, config, object())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("static", [False, True])

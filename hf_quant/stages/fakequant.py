@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,14 @@ class Rounding(Protocol):
 
         `generator` (on the CPU) is the only source of what it draws at random, now or later.
         """
+
+
+@runtime_checkable
+class ShapeBound(Protocol):
+    """A Rounding that does not fit every matrix of a spec it takes (LR-QAT: a rank that the matrix must have)."""
+
+    def refuses_matrix(self, shape: tuple[int, int], spec: Spec) -> str | None:
+        """None when it can round a matrix `[N, K]` onto this spec, else the reason (asked at plan time)."""
 
 
 def refuses_grid(spec: Spec) -> str | None:

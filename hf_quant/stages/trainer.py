@@ -8,11 +8,11 @@ from typing import Literal, Protocol
 from torch import Tensor, nn
 
 from hf_quant.errors import ConfigError
+from hf_quant.formats import Layer
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import refuses as refuses_inputs
 from hf_quant.runtime.branches import Branch
-from hf_quant.spec import Spec
-from hf_quant.stages.fakequant import Rounding
+from hf_quant.stages.fakequant import Rounding, ShapeBound
 from hf_quant.stages.reconstruction import Kl
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.tuner import Fitted, UnitLoss
@@ -43,8 +43,8 @@ class Trained:
 class Trainer(Protocol):
     """Trains the weights (or low-rank terms, or scales) of a float model so that rounding them loses little."""
 
-    def refuses(self, model: nn.Module, weights: Spec, inputs: Spec | None) -> str | None:
-        """None when it can train such layers of this model, else the reason (asked at plan time)."""
+    def refuses(self, model: nn.Module, layer: Layer) -> str | None:
+        """None when it can train such a layer of this model, else the reason (asked at plan time)."""
 
     def train(
         self,
@@ -109,13 +109,16 @@ class Qat:
         if self.loss.gradients:
             raise ConfigError(f"{type(self.loss).__name__} needs gradients of cached outputs; train with Kl or Mse")
 
-    def refuses(self, model: nn.Module, weights: Spec, inputs: Spec | None) -> str | None:
+    def refuses(self, model: nn.Module, layer: Layer) -> str | None:
         """What the rounding refuses, and models that cannot compute activations again when that is asked for."""
         if self.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
             return f"{type(model).__name__} has no gradient checkpointing"
-        if inputs is not None and inputs.power != 1:
+        if layer.inputs is not None and layer.inputs.power != 1:
             return "inputs with scales for columns cannot be trained with"
-        return self.rounding.refuses(weights) or refuses_inputs(inputs)
+        refusal = self.rounding.refuses(layer.weights) or refuses_inputs(layer.inputs)
+        if refusal is None and isinstance(self.rounding, ShapeBound):
+            return self.rounding.refuses_matrix(layer.shape, layer.weights)
+        return refusal
 
     def train(
         self,

@@ -41,7 +41,7 @@ from hf_quant.testing.subjects import SUBJECTS, Subject
 Check = Callable[[Method, Path], None]
 
 SECONDS = 2.0  # of CPU, for the tiny model: a method that needs more on 100 thousand weights is no use on billions
-BRIEF = {"steps": 8, "iterations": 8, "iters": 8, "epochs": 1, "ranges": 8}  # contracts, not quality, are looked at
+BRIEF = {"steps": 8, "iterations": 8, "iters": 8, "epochs": 1, "ranges": 8, "rank": 2}  # contracts, not quality
 IMPOSSIBLE: dict[str, tuple[Any, ...]] = {
     "bits": (0, 9, -3, 2.5, "4"),
     "group_size": (0, -2, 1.5, "128"),
@@ -56,9 +56,9 @@ def subjects_of(method: Method) -> list[Subject]:
 
 
 def brief(method: Method) -> dict[str, Any]:
-    """Arguments that make training short."""
-    known = method.signature.parameters
-    return {name: min(short, known[name].default) for name, short in BRIEF.items() if name in known}
+    """Arguments that make training short, and ranks such as a narrow layer has."""
+    known = {name: parameter.default for name, parameter in method.signature.parameters.items()}
+    return {name: min(short, known[name]) for name, short in BRIEF.items() if known.get(name) is not None}
 
 
 def quantized(
@@ -146,9 +146,10 @@ def refuses_before_any_work(method: Method, _: Path) -> None:
     before = {n: t.clone() for n, t in model.state_dict().items()}
     nothing = QuantConfig(method.id, skip=["*"])
     _must_raise(UnsupportedModel, "a model with nothing left", lambda: hf_quant.quantize(model, nothing, data=[]))
-    recipe = QuantConfig(method.id).quantizer()
+    usual = QuantConfig(method.id, **brief(method))
+    recipe = usual.quantizer()
     if isinstance(recipe, Recipe) and not recipe.data_free:
-        _must_raise(CalibrationError, "no data", lambda: hf_quant.quantize(model, QuantConfig(method.id), data=[]))
+        _must_raise(CalibrationError, "no data", lambda: hf_quant.quantize(model, usual, data=[]))
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     for given in [g for g in _odd(method) if _planned(method, model, g)][:1]:
@@ -167,7 +168,7 @@ def _odd(method: Method) -> list[dict[str, Any]]:
 def _planned(method: Method, model: nn.Module, given: dict[str, Any]) -> bool:
     """Whether the plan takes these arguments; nothing but an error of ours may say no."""
     try:
-        hf_quant.estimate(model, QuantConfig(method.id, **given))
+        hf_quant.estimate(model, QuantConfig(method.id, **brief(method), **given))
     except HfQuantError:
         return False
     return True

@@ -67,7 +67,8 @@ class MergedLoraFake(FakeQuant):
         self.q, self.how, self.rate = q, how, how.rate.of(q)
         zero = 0 if q.zero is None else expand(q.zero, q.spec, q.shape)
         self.register_buffer("frozen", (latent(W_NK, q) - zero) * expand(q.scale, q.spec, q.shape))
-        self.term = LowRankTerm(q.shape, how.rank, float(min(how.rank, *q.shape)), generator)
+        rank = min(how.rank, *q.shape)
+        self.term = LowRankTerm(q.shape, rank, float(rank), generator)
         self.ratio = nn.Parameter(torch.ones_like(q.scale))  # of step sizes, to the solver's
 
     def _parts(self) -> tuple[Tensor, Tensor]:
@@ -100,7 +101,7 @@ class MergedLoraFake(FakeQuant):
 
 @dataclass(frozen=True, slots=True)
 class MergedLora:
-    """Low-rank terms merged into the weight before it is rounded."""
+    """Low-rank terms merged into the weight before it is rounded; of a smaller matrix, terms of its own rank."""
 
     rank: int = 32
     rate: Rate = ScaleAware(3e-2)

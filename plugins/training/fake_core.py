@@ -39,13 +39,23 @@ def check_rank(rank: int) -> None:
         raise ConfigError(f"rank={rank!r}: a positive integer")
 
 
+def refuses_rank(rank: int, shape: tuple[int, int], what: str = "matrix") -> str | None:
+    """None for a rank that a matrix `[N, K]` can have (see `ShapeBound`)."""
+    most = min(shape)
+    if rank <= most:
+        return None
+    return (
+        f"rank={rank} is above that of the {list(shape)} {what}; use rank={most} or less, or keep the layer in full "
+        "precision (skip)"
+    )
+
+
 class LowRankTerm(nn.Module):
-    """`(alpha / r) B A`, zero at the start: A Gaussian over `sqrt(K)`, B zero."""
+    """`(alpha / r) B A`, zero at the start: A Gaussian over `sqrt(K)`, B zero. See `refuses_rank`."""
 
     def __init__(self, shape: tuple[int, int], rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
         n, k = shape
-        rank = min(rank, n, k)
         self.A = nn.Parameter(torch.randn(rank, k, generator=generator) / k**0.5)
         self.B = nn.Parameter(torch.zeros(n, rank))
         self.scaling = alpha / rank

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq_refined import Refined
-from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, keep_positive, near_codes, ratio_rate
+from hf_quant.plugins.training.fake_core import (
+    LowRankTerm,
+    check_rank,
+    keep_positive,
+    near_codes,
+    ratio_rate,
+    refuses_rank,
+)
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, int_spec
@@ -107,6 +114,10 @@ class L4q:
     def refuses(self, spec: Spec) -> str | None:
         """Integer grids."""
         return refuses_grid(spec)
+
+    def refuses_matrix(self, shape: tuple[int, int], spec: Spec) -> str | None:
+        """Too high a rank."""
+        return refuses_rank(self.rank, shape)
 
     def start(self, W_NK: Tensor, q: QTensor, generator: torch.Generator) -> FakeQuant:
         """At the solver's codes."""

@@ -17,7 +17,7 @@ from hf_quant.grids import IntGrid
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.rounding.gptq import Gptq
-from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank
+from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, refuses_rank
 from hf_quant.qtensor import QTensor, expand
 from hf_quant.recipe import Recipe
 from hf_quant.spec import Spec, check_group_size
@@ -69,6 +69,10 @@ class QaLora:
     def refuses(self, spec: Spec) -> str | None:
         """Takes float zero points and nothing else."""
         return None if spec.zero == "float" else "a pooled adapter merges into float zero points, which the spec lacks"
+
+    def refuses_matrix(self, shape: tuple[int, int], spec: Spec) -> str | None:
+        """Too high a rank for a value a group."""
+        return refuses_rank(self.rank, spec.blocks(shape), "matrix of groups")
 
     def start(self, W_NK: Tensor, q: QTensor, generator: torch.Generator) -> FakeQuant:
         """The term is zero."""

@@ -20,7 +20,7 @@ from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.mse_clip import MseClip
 from hf_quant.plugins.residual.loftq import Loftq
 from hf_quant.plugins.residual.lowrank_core import low_rank
-from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank
+from hf_quant.plugins.training.fake_core import LowRankTerm, check_rank, refuses_rank
 from hf_quant.qtensor import QTensor
 from hf_quant.recipe import Recipe
 from hf_quant.runtime.branches import AdapterBits, CodedLowRank, LowRank, check_adapter_bits, stored_in
@@ -83,6 +83,10 @@ class Qlora:
     def refuses(self, spec: Spec) -> str | None:
         """Takes every grid: codes are not touched."""
         return None
+
+    def refuses_matrix(self, shape: tuple[int, int], spec: Spec) -> str | None:
+        """Too high a rank."""
+        return refuses_rank(self.rank, shape)
 
     def start(self, W_NK: Tensor, q: QTensor, generator: torch.Generator) -> FakeQuant:
         """The term is zero, or what is nearest to the rounding error."""
