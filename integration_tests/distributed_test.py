@@ -1,5 +1,6 @@
-"""Data-parallel calibration: two gloo processes merge their statistics to the bytes that one process gets."""
+"""Data-parallel calibration and training: two gloo processes come to what one process comes to."""
 
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import hf_quant
 from hf_quant.config import QuantConfig
+from hf_quant.errors import UnsupportedSpec
 from hf_quant.pipeline_test import same, small_llama, state
 from hf_quant.stages.sampler import Batch
 
@@ -39,3 +42,46 @@ def test_two_processes_give_the_bytes_of_one(method: str, tmp_path: Path) -> Non
     alone = quantized(method)
     for rank in (0, 1):
         assert same(torch.load(tmp_path / f"out.{rank}"), alone), f"rank {rank} differs from one process"
+
+
+def trained(folder: Path | None, batch_size: int = 4) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    torch.set_num_threads(1)
+    model = small_llama(layers=2)
+    given = {"bits": 3, "group_size": 16, "rank": 4, "steps": 4, "lr": 0.05, "run_dir": folder}
+    rows = [*IDS[:15].split(1), *IDS[15:, :16].split(1)]  # of two lengths: the processes get unlike numbers of tokens
+    batches: list[Batch] = [{"input_ids": row} for row in rows]
+    report = hf_quant.finetune(model, QuantConfig("lr-qat", batch_size=batch_size, **given), batches, progress=False)
+    return {n: t.float() for n, t in state(model).items()}, report.training
+
+
+def trainee(rank: int, meeting: str, out: str) -> None:
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    with pytest.raises(UnsupportedSpec, match="started by torchrun"):
+        trained(None)
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # as torchrun does
+    with pytest.raises(UnsupportedSpec, match="batch_size=3 cannot be shared by 2 processes"):
+        trained(None, 3)
+    torch.save(trained(Path(f"{out}.run")), f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of DDP, which looks for parameters that got no gradient
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    """The same batches, whatever the number of processes, and gradients that are means over all of their tokens."""
+    mp.start_processes(trainee, (str(tmp_path / "meet"), str(tmp_path / "out")), nprocs=2, start_method="fork")
+    alone, told = trained(None)
+    (first, counted), (second, _) = (torch.load(tmp_path / f"out.{rank}") for rank in (0, 1))
+    assert same(first, second)
+    assert counted["tokens"] == told["tokens"]
+    assert abs(counted["first_loss"] - told["first_loss"]) < 1e-5 * told["first_loss"]
+    assert sorted(p.name for p in (tmp_path / "out.run" / "training").iterdir()) == ["checkpoint-4"]
+    for name, tensor in alone.items():
+        assert float((first[name] - tensor).abs().mean()) < 1e-3 * float(tensor.abs().mean()) + 1e-6, name
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_training_is_not_sharded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(UnsupportedSpec, match=rf"{kind}.*plain data parallelism"):
+        trained(None)

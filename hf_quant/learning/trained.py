@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from hf_quant.capture import answer, run_model
 from hf_quant.diffusion.timesteps import Timed
-from hf_quant.errors import UnsupportedModel
 from hf_quant.install import install
 from hf_quant.learning.tuning import fitted
 from hf_quant.plan import Plan
 from hf_quant.recipe import Job
 from hf_quant.report import Entry
 from hf_quant.rewriting.rewrite import float_weight
-from hf_quant.running.distributed import processes
 from hf_quant.running.progress import track
 from hf_quant.solve import Solved, relative_error
 from hf_quant.stages.sampler import Batch
@@ -42,12 +40,7 @@ def train(
 
     Returns:
         The entries with the errors after training, and what the trainer measured.
-
-    Raises:
-        UnsupportedModel: there are several processes.
     """
-    if processes() > 1:
-        raise UnsupportedModel("training inside the loop runs in one process; start it without torchrun")
     started = time.perf_counter()
     home = next(p.device for p in model.parameters())
     device = job.device or home

@@ -1,7 +1,8 @@
 """Training by transformers' Trainer: the student has fake-quantized weights and inputs, the teacher is it without.
 
 Only what the roundings learn is trained and kept in checkpoints; everything else of the Trainer (accelerate, schedules,
-clipping, resuming with the state of optimizer and generators) is as it comes. Without dropout: the student is the model
+clipping, resuming with the state of optimizer and generators, data parallelism: every process has a part of a step's
+batch) is as it comes. Without dropout: the student is the model
 that will be evaluated, and the teacher the same without rounding.
 """
 
@@ -30,6 +31,7 @@ from hf_quant.integrations.recomputing import recompute_activations
 from hf_quant.learning.kept import Offset, offsets, remove, settled
 from hf_quant.learning.rows import ENTRY, collate, rows_of, size_of
 from hf_quant.learning.student import Student
+from hf_quant.running.distributed import processes
 from hf_quant.running.progress import inner
 from hf_quant.stages.reconstruction import InputQuant
 from hf_quant.stages.sampler import Batch, model_inputs_of
@@ -139,7 +141,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=how.steps,
-            per_device_train_batch_size=how.batch_size,
+            per_device_train_batch_size=how.batch_size // processes(),
             lr_scheduler_type="constant_with_warmup" if how.schedule == "constant" else how.schedule,
             warmup_steps=max(1, how.steps // 10),
             max_grad_norm=how.clip,
@@ -168,7 +170,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             self.train(resume_from_checkpoint=last)
         for _ in self.bar:
             pass  # a bar that stays open would stay on the screen
-        if self.keep:
+        if self.keep and self.args.should_save:
             for older in folder.glob("checkpoint-*"):
                 if older.name != f"checkpoint-{self.how.steps}":
                     shutil.rmtree(older)
@@ -209,7 +211,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             loss = distill * how.loss.loss(mine[of], target, None)
         if distill < 1:
             loss = loss + (1 - distill) * out.loss
-        self._keep(float(loss.detach()), float(size_of(inputs) if mask is None else mask.sum()))
+        loss = self._keep(loss, float(size_of(inputs) if mask is None else mask.sum()))
         progress = self.state.global_step / max(1, self.how.steps)
         for student in self.students.values():
             penalty = student.fake.anneal(progress)
@@ -224,14 +226,20 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
                 student.inputs.entry_B = inputs.get(ENTRY)
         return model(**model_inputs_of(inputs))
 
-    def _keep(self, loss: float, tokens: float) -> None:
-        if not math.isfinite(loss):
+    def _keep(self, loss: Tensor, tokens: float) -> Tensor:
+        """Note loss and tokens of a step; returns the process's part of the mean over the tokens of all of them."""
+        count = processes()
+        part = torch.stack([loss.detach() * tokens, loss.new_tensor(tokens)])
+        total, everywhere = self.accelerator.reduce(part, "sum").tolist() if count > 1 else part.tolist()
+        mean = total / everywhere
+        if not math.isfinite(mean):
             raise RunError(
-                f"training diverged: the loss is {loss} at step {len(self.history) + 1} of {self.how.steps}; give a "
+                f"training diverged: the loss is {mean} at step {len(self.history) + 1} of {self.how.steps}; give a "
                 "smaller learning rate (lr=...), or a number of type bfloat16 or float32 to what is float16"
             )
-        self.history.append((loss, tokens))
+        self.history.append((mean, everywhere))
         next(self.bar, None)
+        return loss * (tokens * count / everywhere)
 
     @contextmanager
     def _teacher(self) -> Iterator[None]:

@@ -1,4 +1,8 @@
-"""Data-parallel calibration: every process sees its share of the micro-batches, statistics are merged exactly."""
+"""Data-parallel calibration: every process sees its share of the micro-batches, statistics are merged exactly.
+
+Training is data-parallel as well (`learning.training`). It cannot be sharded: the rounding of a weight reads all of its
+blocks and, as parameters beside it, learns what they have in common, and the teacher is the same weight unrounded.
+"""
 
 import os
 from collections.abc import Sequence
@@ -24,6 +28,23 @@ def processes() -> int:
 def is_first() -> bool:
     """Whether this process writes files."""
     return processes() == 1 or dist.get_rank() == 0
+
+
+def refuses_training(batch_size: int) -> str | None:
+    """None when these processes can train together with as many rows a step, else the reason."""
+    sharded = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"]
+    if sharded:
+        return (
+            f"training does not run under {sharded[0]}: the rounding of a weight, and the teacher, read all of it in "
+            "every process; use plain data parallelism (torchrun, or accelerate launch --multi_gpu)"
+        )
+    if processes() == 1:
+        return None
+    if "LOCAL_RANK" not in os.environ:
+        return "training in several processes needs them started by torchrun or accelerate launch"
+    if batch_size % processes():
+        return f"batch_size={batch_size} cannot be shared by {processes()} processes; give a multiple of that"
+    return None
 
 
 def my_share(batches: Sequence[T]) -> list[T]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_quant.errors import ConfigError
 from hf_quant.formats import Layer
 from hf_quant.qtensor import QTensor
+from hf_quant.running.distributed import refuses_training as refuses_processes
 from hf_quant.runtime.activation import refuses as refuses_inputs
 from hf_quant.runtime.branches import Branch
 from hf_quant.stages.fakequant import Rounding, ShapeBound
@@ -76,7 +77,7 @@ class Qat:
         input_lr: learning rate of the logarithm of static input steps, each entry of a table by timestep has its own;
             0 leaves them as they were fitted.
         steps: optimizer steps.
-        batch_size: sequences (or whatever a row of the data is) a step.
+        batch_size: sequences (or whatever a row of the data is) a step, of all processes together.
         distill: weight of the teacher, 0 to 1; 0: no teacher runs.
         schedule: of the learning rates, after a warm-up over the first tenth.
         clip: largest norm of the gradient.
@@ -110,9 +111,11 @@ class Qat:
             raise ConfigError(f"{type(self.loss).__name__} needs gradients of cached outputs; train with Kl or Mse")
 
     def refuses(self, model: nn.Module, layer: Layer) -> str | None:
-        """What the rounding refuses, and models that cannot compute activations again when that is asked for."""
+        """What the rounding refuses, models that cannot compute activations again, and processes it cannot run in."""
         if self.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
             return f"{type(model).__name__} has no gradient checkpointing"
+        if refusal := refuses_processes(self.batch_size):
+            return refusal
         if layer.inputs is not None and layer.inputs.power != 1:
             return "inputs with scales for columns cannot be trained with"
         refusal = self.rounding.refuses(layer.weights) or refuses_inputs(layer.inputs)
