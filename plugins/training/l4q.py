@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.method import Paper, method
-from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.calibration.coherent_clip import CoherentClip
 from hf_quant.plugins.rounding.gptq_refined import Refined
 from hf_quant.plugins.training.fake_core import (
     LowRankTerm,
@@ -151,7 +151,7 @@ def l4q(
     """
     return Recipe(
         weights=int_spec(bits, group_size),
-        range=MseClip(steps=24, floor=0.5, power=2.0),
+        range=CoherentClip(),
         objective=AsymmetricMse(),
         solver=Refined(),
         sampler=TextSampler(samples, length),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.method import Paper, method
-from hf_quant.plugins.calibration.mse_clip import MseClip
+from hf_quant.plugins.calibration.coherent_clip import CoherentClip
 from hf_quant.plugins.rounding.gptq_refined import Refined
 from hf_quant.plugins.training.fake_core import keep_positive, near_codes, ratio_rate, scaled_gradient
 from hf_quant.qtensor import QTensor, expand
@@ -117,7 +117,7 @@ def lsq(
     """
     return Recipe(
         weights=int_spec(bits, group_size),
-        range=MseClip(steps=24, floor=0.5, power=2.0),
+        range=CoherentClip(),
         objective=AsymmetricMse(),
         solver=Refined(),
         sampler=TextSampler(samples, length),
