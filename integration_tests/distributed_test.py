@@ -67,6 +67,7 @@ def trainee(rank: int, meeting: str, out: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of DDP, which looks for parameters that got no gradient
+@pytest.mark.filterwarnings("ignore:.broadcast_buffers. is deprecated")  # the Trainer knows no other name
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     """The same batches, whatever the number of processes, and gradients that are means over all of their tokens."""
     mp.start_processes(trainee, (str(tmp_path / "meet"), str(tmp_path / "out")), nprocs=2, start_method="fork")

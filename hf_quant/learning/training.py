@@ -7,7 +7,6 @@ that will be evaluated, and the teacher the same without rounding.
 """
 
 import math
-import random
 import shutil
 import tempfile
 import time
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,6 +29,7 @@ from hf_quant.integrations.recomputing import recompute_activations
 from hf_quant.learning.kept import Offset, offsets, remove, settled
 from hf_quant.learning.rows import ENTRY, collate, rows_of, size_of
 from hf_quant.learning.student import Student
+from hf_quant.learning.undone import own_cache, own_generators, quiet
 from hf_quant.running.distributed import processes
 from hf_quant.running.progress import inner
 from hf_quant.stages.reconstruction import InputQuant
@@ -62,7 +61,7 @@ def train(
     model.requires_grad_(False)
     if how.gradient_checkpointing:
         recompute_activations(model)
-    with tempfile.TemporaryDirectory() as scratch, torch.enable_grad(), _own_generators(), _own_cache(model):
+    with tempfile.TemporaryDirectory() as scratch, torch.enable_grad(), own_generators(), own_cache(model):
         try:
             vectors = offsets(model) if how.lr_norms else {}
             rows = rows_of(batches)
@@ -154,6 +153,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             seed=seed,
             use_cpu=next(model.parameters()).device.type == "cpu",
             remove_unused_columns=False,
+            ddp_broadcast_buffers=False,  # frozen weights are among them, and alike everywhere
         )
         super().__init__(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[_Steps(self)])
         self.remove_callback(PrinterCallback)
@@ -166,7 +166,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
 
         folder = Path(self.args.output_dir)
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        with _quiet():
+        with quiet():
             self.train(resume_from_checkpoint=last)
         for _ in self.bar:
             pass  # a bar that stays open would stay on the screen
@@ -239,7 +239,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             )
         self.history.append((mean, everywhere))
         next(self.bar, None)
-        return loss * (tokens * count / everywhere)
+        mine: Tensor = loss * (tokens * count / everywhere)
+        return mine
 
     @contextmanager
     def _teacher(self) -> Iterator[None]:
@@ -298,42 +299,3 @@ def _as_evaluated(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-
-
-@contextmanager
-def _own_generators() -> Iterator[None]:
-    """The Trainer seeds the global generators; they are put back."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextmanager
-def _own_cache(model: nn.Module) -> Iterator[None]:
-    """The Trainer writes `use_cache` into the model's config, even where there was none; it is put back."""
-    config: Any = getattr(model, "config", None)
-    had, before = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
-    try:
-        yield
-    finally:
-        if had:
-            config.use_cache = before
-        elif hasattr(config, "use_cache"):
-            del config.use_cache
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the Trainer's remarks on end-of-text tokens."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

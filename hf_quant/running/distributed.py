@@ -1,7 +1,7 @@
 """Data-parallel calibration: every process sees its share of the micro-batches, statistics are merged exactly.
 
-Training is data-parallel as well (`learning.training`). It cannot be sharded: the rounding of a weight reads all of its
-blocks and, as parameters beside it, learns what they have in common, and the teacher is the same weight unrounded.
+Training is data-parallel as well (`learning.training`). It cannot be sharded: what a rounding learns (low-rank terms,
+step sizes) belongs to the whole matrix, and the teacher is the same parameter unrounded.
 """
 
 import os

@@ -59,7 +59,7 @@ def test_a_few_steps_already_help(judge) -> None:
 
 @pytest.mark.slow
 def test_claim(judge, claims) -> None:
-    ours, theirs = judge.kls("lr-qat", **TWO, **SHORT), judge.kls("gptq-refined", **TWO)
+    ours, theirs = judge.kls("lr-qat", **TWO, **SHORT), judge.kls("gptq-refined", coherent=4.0, **TWO)
     statement = "KL at most 0.9 of gptq-refined's, where it begins, after 20 steps of 4 windows, 2 bits (tiny-lm)"
     claims.order("lr-qat", statement, ours=ours, theirs=theirs, factor=0.9, reproduced=False)
 
