@@ -69,6 +69,6 @@ def _folder(name: str, bench: Path, known: tuple[str, ...]) -> Path:
     if not path.is_dir():
         raise ConfigError(
             f"no folder {path}: the bench lies in hf-quant's repository, not in the package; clone it and name its "
-            "folder `examples` (pytest: --bench CHECKOUT/examples)"
+            "folder `examples` (pytest --bench=CHECKOUT/examples)"
         )
     return path

@@ -1,6 +1,9 @@
 """The bench: its models are trained, and the judges tell a good quantization from a bad one."""
 
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 
 from hf_quant.errors import ConfigError
 from hf_quant.testing import DiffusionJudge, Judge
-from hf_quant.testing.bench import judge_on
+from hf_quant.testing.bench import EXAMPLES, judge_on
 
 Judges = Callable[[str], Judge]
 CONVOLUTIONS = ("*conv*", "*sampler*")
@@ -54,6 +57,21 @@ def test_diffusion_judges_tell_bits_apart(diffusion_judges: Callable[[str], Diff
     eight, four = (judge.sqnr("rtn", bits=b, **common) for b in (8, 4))
     assert all(a > b + 10 for a, b in zip(eight, four, strict=True)), "6 dB a bit"
     assert judge.trajectory("rtn", bits=8, **common) < 0.1 * judge.trajectory("rtn", bits=4, **common)
+
+
+def test_a_package_beside_a_checkout_is_tested_as_contributing_says(tmp_path: Path) -> None:
+    """The checkout has a conftest.py of its own, which pytest reads when it takes the bench's folder for tests."""
+    said = (EXAMPLES.parent / "CONTRIBUTING.md").read_text()
+    (command,) = re.findall(r"then: pytest (.*)", said)
+    (checkout := tmp_path / "checkout").mkdir()
+    (checkout / "examples").symlink_to(EXAMPLES)
+    (mine := tmp_path / "mine").mkdir()
+    for folder in (checkout, mine):
+        (folder / "conftest.py").write_text('pytest_plugins = ["hf_quant.testing.fixtures"]\n')
+    (mine / "my_test.py").write_text("def test_judge(judges):\n    assert judges('tiny-lm').path.is_dir()\n")
+    arguments = [sys.executable, "-m", "pytest", "-q", *command.replace("CHECKOUT", str(checkout)).split()]
+    ran = subprocess.run(arguments, cwd=mine, capture_output=True, text=True, check=False)
+    assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_three_seeds_have_disjoint_data(judges: Judges) -> None:

@@ -11,7 +11,7 @@ Shapes: W_NK weight; H_KK input Gram matrix; scale and zero `[N, K / group_size]
 Differs from the paper: ranges are searched (`clip_steps` ratios from 1 to 0.5) where the paper takes min to max
 (`clip_steps=1`): on a trained model of 14M parameters in groups of 128 that lowers the KL at 4, 3 and 2 bits by 7, 16
 and 25 %, and makes the solver two to three times as slow; the search may price what a layer's gain loses (`coherent=4`,
-see `coherent_clip`), which lowers the KL at 2 bits by another fifth, and at 4 and 3 by 1 to 6 %; `act_order` (of the
+see `coherent_clip`), which lowers the KL at 2 bits by another fifth, and at 4 and 3 by 0 to 6 %; `act_order` (of the
 authors' later code) fixes every group's range on the original weights first and undoes the permutation afterwards, so
 that no group index is needed at run time; an input that is zero in all of the calibration gets a zero weight, but a
 layer that saw no input at all is rounded to nearest; the damping grows tenfold until the Cholesky factorization

@@ -94,16 +94,11 @@ def test_claim_in_few_steps(judges, claims) -> None:  # type: ignore[no-untyped-
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 2])
-def test_claim(bits: int, judges, claims) -> None:  # type: ignore[no-untyped-def]
-    """The same learning without dropping, over three calibration sets of 32 pictures that share nothing; at 2 bits a
-    row the weights, not the inputs, are what goes wrong."""
+@pytest.mark.parametrize(("bits", "steps"), [(4, 60), (2, 300)])
+def test_claim(bits: int, steps: int, judges, claims) -> None:  # type: ignore[no-untyped-def]
+    """The same learning without dropping, over three calibration sets of 32 pictures that share nothing. At 2 bits a
+    row 60 steps leave both worse than where they began, and dropping learns slower."""
     judge = judges("digits-vit")
-    ours, plain = (judge.kls("qdrop", bits=bits, act_bits=4, steps=60, share=share) for share in (0.5, 1.0))
-    claims.order(
-        "qdrop",
-        f"KL below the same learning's without dropping, digits-vit, W{bits}A4",
-        ours=ours,
-        theirs=plain,
-        reproduced=bits == 4,
-    )
+    ours, plain = (judge.kls("qdrop", bits=bits, act_bits=4, steps=steps, share=share) for share in (0.5, 1.0))
+    statement = f"KL below the same learning's without dropping, digits-vit, W{bits}A4, {steps} steps"
+    claims.order("qdrop", statement, ours=ours, theirs=plain)
