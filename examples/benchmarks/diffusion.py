@@ -94,25 +94,32 @@ def order(row: dict) -> tuple:
 
 
 def measure(name: str, method: str, setting: str, seed: int, images: int) -> dict:
-    real = pictures(np.load(HERE.parent / "data" / "digits.npz")["test"]).permute(0, 2, 3, 1) / 2 + 0.5
-    row: dict[str, Any] = {"pipeline": name, "method": method, "setting": setting, "seed": seed}
-    began = time.perf_counter()
+    """A row; of a peer that fails, at loading or at running, one with its error."""
+    row = {"pipeline": name, "method": method, "setting": setting, "seed": seed}
     try:
-        pipeline, arguments = made(name, method, setting, seed)
-    except Exception as error:  # a peer's own, of any kind: it is published
+        row |= judged(name, method, setting, seed, images)
+    except Exception as error:
         if method not in PEERS:
             raise
-        print(row, error, flush=True)
-        return {**row, "error": str(error).splitlines()[0], "versions": installed(method)}
+        row |= {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    print({k: v for k, v in row.items() if k != "evaluation"}, flush=True)
+    return row | {"versions": installed(method)}
+
+
+def judged(name: str, method: str, setting: str, seed: int, images: int) -> dict[str, Any]:
+    """What is measured of it."""
+    real = pictures(np.load(HERE.parent / "data" / "digits.npz")["test"]).permute(0, 2, 3, 1) / 2 + 0.5
+    began = time.perf_counter()
+    pipeline, arguments = made(name, method, setting, seed)
     seconds = time.perf_counter() - began
     found = evaluate_pipeline(
         pipeline, MODELS / name, real, classifier=MODELS / "digits-vit", images=images, batch_size=20,
         seed=NOISE + 1000 * seed, progress=False, **DRAWN[name],
     )  # fmt: skip
-    row |= {"quantize_seconds": round(seconds, 2), "backbone_bytes": stored(backbone(pipeline))}
-    print(row, f"PSNR {found.psnr:.2f}, {found.accuracy} of {found.reference_accuracy} %,", end=" ")
+    print(f"PSNR {found.psnr:.2f}, {found.accuracy} of {found.reference_accuracy} %,", end=" ")
     print(f"Fréchet {found.frechet_to_data:.2f} of {found.reference_frechet_to_data:.2f}", flush=True)
-    return {**row, "arguments": arguments, "evaluation": found.to_json(), "versions": installed(method)}
+    row = {"quantize_seconds": round(seconds, 2), "backbone_bytes": stored(backbone(pipeline))}
+    return {**row, "arguments": arguments, "evaluation": found.to_json()}
 
 
 def made(name: str, method: str, setting: str, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -200,8 +207,11 @@ def write(rows: list[dict]) -> None:
             save_png(curves([r for r in mine if r["setting"] == setting]), picture)
             place = f"../../examples/benchmarks/results/{picture.name}"
             lines += [f"![SQNR against t, {name}, {setting}]({place})", ""]
-    errors = {(r["method"], r["setting"]): r["error"] for r in refused}
-    lines += [f"`{peer}` at {setting} does not run here: {error}" for (peer, setting), error in errors.items()]
+    failed: dict[tuple[str, str], list[str]] = {}
+    for r in refused:
+        failed.setdefault((r["method"], r["error"]), []).append(f"{r['pipeline']} at {r['setting']}")
+    lines += [f"- {peer} does not run {', '.join(where)}: {error}" for (peer, error), where in failed.items()]
+    lines += [""] if failed else []
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     README.write_text("\n".join([before + BEGIN, heading(rows), "", *lines, END]) + rest.partition(END)[2], "utf-8")
 
