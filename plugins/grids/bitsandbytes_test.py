@@ -70,7 +70,7 @@ def test_4_bit_bytes_and_outputs(kind: str, blocksize: int, double_quant: bool, 
     dense = bnb.functional.dequantize_4bit(packed, state).to(dtype)
     torch.testing.assert_close(fmt.weight(theirs, layer, dtype), dense, rtol=torch.finfo(dtype).eps, atol=0)
     x_TK = torch.randn(5, 1024, generator=torch.Generator().manual_seed(1)).to(dtype)
-    kernel = fmt.kernels[0]
+    kernel = next(k for k in fmt.kernels if k.name == "bitsandbytes")
     y_TN = fmt.linear(x_TK, theirs, kernel.prepare(theirs, layer, dtype), layer, kernel.name)
     assert torch.equal(y_TN, bnb.matmul_4bit(x_TK, packed.t(), state))
 
