@@ -172,15 +172,15 @@ def slow_weight(q: QTensor) -> Tensor:
     return values
 
 
-def close(y: Tensor, expected: Tensor, x_TK: Tensor, q: QTensor) -> None:
+def close(y: Tensor, expected: Tensor, x_TK: Tensor, q: QTensor, sums: float = 2**-24) -> None:
     """Equal up to roundings of x's type: of each factor, at random, of each output and of scales, all the same way.
 
     Rounding both factors gives an error of standard deviation 0.8 u sqrt(sum (x w)^2); 6 u is beyond 7 of these.
-    Sums are kept in float32, whose roundings matter when x is float32 itself.
+    Sums are kept in float32 (`sums`: half a unit of what keeps them), whose roundings matter when x is float32.
     """
     u, tiny = torch.finfo(x_TK.dtype).eps / 2, torch.finfo(x_TK.dtype).tiny
     size = (x_TK.double().square() @ q.dequantize().double().square().T).sqrt()
-    bound = (6 * u + 3 * 2**-24 * x_TK.shape[1] ** 0.5) * size + 2 * u * expected.abs() + tiny
+    bound = (6 * u + 3 * sums * x_TK.shape[1] ** 0.5) * size + 2 * u * expected.abs() + tiny
     worst = ((y.double() - expected).abs() / bound).max().item() if y.numel() else 0.0
     assert worst <= 1, f"{worst:.3g} times the bound"
 
@@ -271,7 +271,9 @@ def run_kernel(case: tuple[Layer, torch.dtype], tokens: int, format_id: str, nam
     y_TN = fmt.linear(x_TK.to(device), there, blob, layer, name)
     assert y_TN.dtype == dtype
     assert y_TN.shape == (tokens, layer.shape[0])
-    close(y_TN.cpu(), slow_linear(fmt, x_TK, q, layer, tensors), x_TK, q)
+    # tensor cores keep some 13 bits of the largest float8 product while they add
+    sums = 2**-13 if name == "triton-float8" and device.type == "cuda" else 2**-24
+    close(y_TN.cpu(), slow_linear(fmt, x_TK, q, layer, tensors), x_TK, q, sums)
     # strides of any kind are the operator's to handle
     wide = x_TK.to(device).repeat(1, 2)[:, : layer.shape[1]]
     assert torch.equal(fmt.linear(wide, there, blob, layer, name), y_TN)
@@ -314,11 +316,13 @@ def test_a_layout_gives_back_what_it_replaces(format_id: str, name: str) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 9, 40, 150])
 @pytest.mark.parametrize(("format_id", "name"), KERNELS)
-def test_kernel_equals_reference_on_gpu(format_id: str, name: str) -> None:
+def test_kernel_equals_reference_on_gpu(format_id: str, name: str, tokens: int) -> None:
+    """Some of what it takes: every case is a kernel to compile."""
     gpu = torch.device("cuda")
     cases = supported(format_id, name, gpu)
-    for case, tokens in product(cases[:: max(1, len(cases) // 100)], (1, 9, 40, 150)):
+    for case in cases[:: max(1, len(cases) // 6)]:
         run_kernel(case, tokens, format_id, name, gpu)
 
 

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from hf_quant.kernels._gemm import loop
 from hf_quant.kernels._gemm.configs import Config
-from hf_quant.kernels._gemm.launch import constants
+from hf_quant.kernels._gemm.launch import constants, instruction
 from hf_quant.kernels._gemm.operand import Weight
 from hf_quant.kernels._gemm.scaled import scaled_fwd_kernel
 from hf_quant.kernels._gemm.tokens import tokens_fwd_kernel
@@ -99,20 +99,22 @@ def product(
 ) -> Compiled:
     """The main loop with a configuration."""
     x, out = TYPES[dtype], "bf16" if dtype == torch.int8 else TYPES[dtype]
+    blocks = config.blocks(weight, dtype.itemsize)
     pointers = {
         **{"x_ptr": f"*{x}", "q_ptr": "*i32", "s_ptr": _ranges(weight), "z_ptr": "*fp32", "table_ptr": "*fp32"},
         **{"sx_ptr": "*fp32", "zx_ptr": "*fp32", "sum_ptr": "*fp32", "a_ptr": f"*{out}", "up_ptr": f"*{out}"},
-        **{"order_ptr": "*i32", "expert_ptr": "*i32", "y_ptr": "*fp32" if config.splits > 1 else f"*{out}"},
+        **{"order_ptr": "*i32", "expert_ptr": "*i32", "part_ptr": "*fp32", "ticket_ptr": "*i32", "y_ptr": f"*{out}"},
     }
     numbers = [
-        *("M", "N", "K", "KB", "group", "x_row", "q_expert", "s_expert", "table_expert", "sum_expert"),
+        *("M", "N", "K", "KB", "x_row", "q_expert", "s_expert", "table_expert", "sum_expert"),
         *("copies", "blocks_per_split"),
     ]
     fixed = {
-        **constants(weight, dtype, TARGETS[target].backend),
-        **{"SHIFTED": False, "RANK": rank, "EXPERTS": experts, "PARTIAL": config.splits > 1},
+        **constants(weight, dtype, blocks, config.BN, TARGETS[target].backend),
+        **{"SHIFTED": False, "RANK": rank, "EXPERTS": experts, "SPLITS": config.splits},
         **{"VECTOR": config.way == "vector", "ROUND": False, "STAGES": config.num_stages},
-        **{"BM": config.BM, "BN": config.BN},
+        **instruction(config, weight, dtype, target),
+        **{"BLOCKS": blocks, "BM": config.BM, "BN": config.BN},
     }
     return build(
         loop.gemm_fwd_kernel,
@@ -131,22 +133,29 @@ def dequantizer(weight: Weight, dtype: torch.dtype, target: str) -> Compiled:
         **{"q_ptr": "*i32", "s_ptr": _ranges(weight), "z_ptr": "*fp32", "table_ptr": "*fp32"},
         **{"w_ptr": f"*{TYPES[dtype]}"},
     }
-    fixed = {**constants(weight, dtype, TARGETS[target].backend), "ROUND": False, "BN": 64}
-    numbers = dict.fromkeys(("N", "K", "KB", "group"), "i32")
+    fixed = {**constants(weight, dtype, 1, 64, TARGETS[target].backend), "ROUND": False, "BN": 64}
+    numbers = dict.fromkeys(("N", "K", "KB"), "i32")
     return build(loop.dequantize_kernel, pointers | numbers, fixed, target, ragged=("KB",))
 
 
 def eight_bit(
-    dtype: torch.dtype, target: str, *, whole: bool = True, BM: int = 64, rank: int = 0, experts: bool = False
+    dtype: torch.dtype,
+    target: str,
+    *,
+    whole: bool = True,
+    BM: int = 64,
+    rank: int = 0,
+    experts: bool = False,
+    splits: int = 1,
 ) -> Compiled:
     """The product of 8-bit operands, with one scale a row or one a block of K."""
     x = TYPES[dtype]
     pointers = {
         **{"x_ptr": f"*{x}", "w_ptr": f"*{x}", "sw_ptr": "*fp32", "sx_ptr": "*fp32", "zx_ptr": "*fp32"},
         **{"sum_ptr": "*fp32", "a_ptr": "*bf16", "up_ptr": "*bf16"},
-        **{"order_ptr": "*i32", "expert_ptr": "*i32", "y_ptr": "*bf16"},
+        **{"order_ptr": "*i32", "expert_ptr": "*i32", "part_ptr": "*fp32", "ticket_ptr": "*i32", "y_ptr": "*bf16"},
     }
-    fixed = {"WHOLE": whole, "SHIFTED": True, "RANK": rank, "EXPERTS": experts, "PARTIAL": False}
+    fixed = {"WHOLE": whole, "SHIFTED": True, "RANK": rank, "EXPERTS": experts, "SPLITS": splits, "EVEN": True}
     tile = {"BM": BM, "BN": 128, "BK": 128}
     numbers = dict.fromkeys(("M", "N", "K", "block", "tiles_per_split", "sw_expert", "copies"), "i32")
     ragged = ("M", "tiles_per_split", "copies")
@@ -162,19 +171,26 @@ def quantizer(out: torch.dtype, target: str, *, steps: int = 0) -> Compiled:
     low, high = (-128, 127) if out == torch.int8 else (-448, 448)
     fixed = {
         **{"LOW": low, "HIGH": high, "SHIFT": 0, "ZERO": out == torch.int8, "STATIC": False, "TABLE": False},
-        **{"SIZE": 1 << steps if steps else 4096, "STEPS": steps, "SIGNS": steps > 0},
+        **{"SIZE": 1 << steps if steps else 4096, "STEPS": steps, "SIGNS": steps > 0, "ONCE": steps == 0},
+        "CONVERTS": out == torch.uint8 and target in ("sm_90", "sm_100"),
     }
     return build(tokens_fwd_kernel, pointers, fixed, target, num_warps=8)
 
 
-def combiner(target: str, *, rank: int = 0) -> Compiled:
-    """The sum of the parts of K."""
-    pointers = {
-        **{"partial_ptr": "*fp32", "sx_ptr": "*fp32", "zx_ptr": "*fp32", "sum_ptr": "*fp32", "a_ptr": "*bf16"},
-        **{"up_ptr": "*bf16", "y_ptr": "*bf16", "M": "i32", "N": "i32", "splits": "i32"},
-    }
-    fixed = {"SCALED": True, "SHIFTED": True, "RANK": rank, "BM": 16, "BN": 128}
-    return build(loop.combine_fwd_kernel, pointers, fixed, target, ragged=("M", "splits"))
+def loop_of(compiled: Compiled) -> list[str]:
+    """The instructions of the longest loop, of an NVIDIA kernel."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[list[str]] = [[""]]
+    for line in _tool("nvdisasm", "-c", compiled.asm["cubin"]).splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?) *;", line):
+            lines.append(instruction[1])
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in labels:
+                loops.append(lines[labels[back[1]] :])
+    return max(loops, key=len)
 
 
 def _ranges(weight: Weight) -> str:

@@ -54,6 +54,22 @@ def test_a_load_feeds_the_fragment(target: str, bits: int) -> None:
     assert len(re.findall(r"cp\.async\.cg\.shared\.global \[[^;]*0x10", code)) >= 4
 
 
+@pytest.mark.parametrize("tile", [(64, 128, 128, 4), (256, 64, 64, 4), (128, 128, 64, 8)])
+def test_no_weight_is_overwritten_while_it_is_multiplied(tile: tuple[int, int, int, int]) -> None:
+    """Hopper's product reads registers until it is waited for; the assembler does not know."""
+    BM, BN, BK, warps = tile
+    loop = ahead.loop_of(ahead.product(W4, torch.bfloat16, Config("tensor", BM, BN, BK, 1, warps, 3), "sm_90"))
+    products = [(i, int(m[1])) for i, line in enumerate(loop) if (m := re.match(r"HGMMA\S+ R\d+, R(\d+), gdesc", line))]
+    assert products
+    for at, first in products:
+        later = loop[at + 1 :] + loop[:at]  # and the next turn
+        waited = next(i for i, line in enumerate(later) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line)
+        written = {
+            m[1] for line in later[:waited] if (m := re.match(r"(?:@\S+ )?(?!ST|HGMMA|LDGSTS)[A-Z]\S* R(\d+)", line))
+        }
+        assert not written & {str(first + i) for i in range(4)}
+
+
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_other_widths(bits: int) -> None:
     sound(compiled(replace(W4, bits=bits), torch.float16, shipped()["sm_80"]["16"], "sm_80"), "sm_80")
@@ -69,9 +85,8 @@ def test_the_other_kernels(target: str) -> None:
     kernels = [
         ahead.quantizer(torch.int8, target),
         ahead.quantizer(torch.uint8, target, steps=10),
-        ahead.combiner(target, rank=32),
         ahead.eight_bit(torch.int8, target),
-        ahead.eight_bit(torch.int8, target, experts=True),
+        ahead.eight_bit(torch.int8, target, experts=True, splits=4),
         ahead.eight_bit(torch.int8, target, rank=32),  # LLM.int8's columns
         compiled(Weight(SHAPE, 4, 64, "signed_integers", "scales_and_zeros"), torch.bfloat16, few, target),
         compiled(replace(W4, ranges="scales", unit=4), torch.int8, few, target),
@@ -115,7 +130,6 @@ def test_addresses_have_64_bits() -> None:
         "product": (ahead.product(W4, torch.bfloat16, Config("tensor"), "sm_90", experts=True), ("1x128", "4x128")),
         "8 bits": (ahead.eight_bit(torch.int8, "sm_90", experts=True), ()),
         "tokens": (ahead.quantizer(torch.int8, "sm_90", steps=10), ()),
-        "parts": (ahead.combiner("sm_90", rank=32), ("128x16", "16x16")),  # within a row of the branch
         "dequantized": (ahead.dequantizer(W4, torch.bfloat16, "sm_90"), ("1x128", "4x128")),
     }
     for name, (compiled_kernel, within) in kernels.items():

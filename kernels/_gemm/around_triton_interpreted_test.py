@@ -33,6 +33,7 @@ FUSED = [name for name in CASES if name != "w4"]
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("hf_quant.kernels._gemm.machine.refuses", lambda device, dtype: None)
+    monkeypatch.setattr("hf_quant.kernels._cpu.native.why_not", lambda: "as on a GPU")
     yield
     torch.compiler.reset()
 

@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from hf_quant.kernels._gemm.operand import Weight
+from hf_quant.kernels._gemm.operand import WHOLE_ROW, Weight
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tokens up to which a configuration serves; beyond, the last
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens up to which a configuration serves; beyond, the last
 SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
@@ -22,25 +22,36 @@ class Config:
 
     Attributes:
         way: "vector" multiplies and adds, "tensor" uses matrix instructions, "dense" dequantizes once and calls the
-            vendor's product.
+            vendor's product, "vendor" calls that at once.
         BM: tokens of a tile.
         BN: outputs of a tile, a multiple of 16.
+        BK: columns multiplied at once, at least those of a block.
         splits: parts into which K is cut.
         num_warps: warps of a program.
         num_stages: blocks on their way from memory.
     """
 
-    way: Literal["vector", "tensor", "dense"]
+    way: Literal["vector", "tensor", "dense", "vendor"]
     BM: int = 16
     BN: int = 64
+    BK: int = 128
     splits: int = 1
     num_warps: int = 4
     num_stages: int = 4
 
+    def blocks(self, weight: Weight, itemsize: int) -> int:
+        """Block columns multiplied at once. Products of integers have one scale."""
+        columns, along = weight.shuffle.columns, weight.shuffle.blocks(weight.shape)[1]
+        count = max(1, self.BK // columns)
+        while count > along or (itemsize == 1 and weight.span != WHOLE_ROW and weight.group % (count * columns)):
+            count //= 2
+        return max(1, count)
+
     def shared_bytes(self, weight: Weight, itemsize: int) -> int:
         """What the loop keeps in shared memory: stages of words, tokens and scales, or the tile on its way out."""
-        shuffle = weight.shuffle
-        stage = self.BN // 16 * shuffle.words * 512 + self.BM * shuffle.columns * itemsize + 8 * self.BN
+        shuffle, blocks = weight.shuffle, self.blocks(weight, itemsize)
+        tile = self.BN // 16 * shuffle.words * 512 + self.BM * shuffle.columns * itemsize
+        stage = tile * blocks + 8 * self.BN
         return max(stage * max(1, self.num_stages - 1), self.BN * self.BM * 4)
 
 
@@ -102,19 +113,36 @@ def fit(config: Config, weight: Weight, itemsize: int, target: str, limit: int) 
         target: the machine's kind.
         limit: bytes of its shared memory.
     """
-    columns, table = weight.shuffle.columns, weight.decode in ("levels", "codebooks")
-    # decoded weights a thread has room for; one that is looked up has an address besides, Blackwell's compiler spills
-    held = 32 if table or target.startswith("sm_10") else 64
-    while config.BN > 16 and config.way != "dense" and config.BN * columns > held * 32 * config.num_warps:
-        config = replace(config, BN=config.BN // 2)
+    table = weight.decode in ("levels", "codebooks")
+    through = (table and target.startswith("gfx")) or itemsize == 4  # weights that go through shared memory
+
+    def columns(config: Config) -> int:
+        return config.blocks(weight, itemsize) * weight.shuffle.columns
 
     def shared(config: Config) -> int:
-        exchanged = 8 * config.BN * columns if table and target.startswith("gfx") else 0
-        return config.shared_bytes(weight, itemsize) + exchanged
+        return config.shared_bytes(weight, itemsize) + (8 * config.BN * columns(config) if through else 0)
 
+    def crowded(config: Config) -> bool:
+        """Whether a thread lacks registers for its decoded weights and its sums."""
+        threads, weights = 32 * config.num_warps, config.BN * columns(config)
+        if not target.startswith(("sm_8", "sm_9")):  # Blackwell's compiler spills, AMD's fragments are larger
+            return weights > 32 * threads
+        return (weights if table else weights // 2) + config.BN * config.BM > 160 * threads
+
+    while config.way != "dense" and crowded(config):
+        if config.blocks(weight, itemsize) > 1:
+            config = replace(config, BK=columns(config) // 2)
+        elif config.BM > 32:
+            config = replace(config, BM=config.BM // 2)
+        elif config.BN > 16:
+            config = replace(config, BN=config.BN // 2)
+        else:
+            break
     while shared(config) > limit:
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
+        elif config.blocks(weight, itemsize) > 1:
+            config = replace(config, BK=columns(config) // 2)
         elif config.BM > 16:
             config = replace(config, BM=config.BM // 2)
         elif config.BN > 16:
@@ -125,13 +153,13 @@ def fit(config: Config, weight: Weight, itemsize: int, target: str, limit: int) 
 
 
 def fitted(config: Config, weight: Weight, dtype: torch.dtype, device: torch.device) -> Config:
-    """`fit` for this device, with K cut into parts until every processor has work."""
+    """`fit` for this device, with K cut into parts until every processor has 16 warps."""
     limit, processors = limits(device)
     config = fit(config, weight, dtype.itemsize, kind(device), limit)
     if config.way != "dense" and config.splits != 1:
-        tiles = -(-weight.shape[0] // config.BN)
-        blocks = weight.shuffle.blocks(weight.shape)[1]
-        config = replace(config, splits=max(1, min(config.splits, blocks, 2 * processors // tiles)))
+        warps = -(-weight.shape[0] // config.BN) * config.num_warps
+        steps = weight.shuffle.blocks(weight.shape)[1] // config.blocks(weight, dtype.itemsize)
+        config = replace(config, splits=max(1, min(config.splits, steps, 16 * processors // warps)))
     return config
 
 

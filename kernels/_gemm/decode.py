@@ -5,8 +5,8 @@ A decode function makes two weights a plane out of the words of a slot. `w0`, `w
 unless groups end anywhere). The result, `[BN, PLANES, 8]` twice, is float32, to be rounded once as the reference rounds
 it; or the 16 bits of numbers that are in the type of the product already; or integers without scale, for int8 products.
 
-A range function gives scale and zero point of columns `k` `[1, ...]` as `[BN, ...]`. Everything it loads has four bytes
-or more, because a copy that runs ahead of the loop moves no less.
+A range function gives scale and zero point of columns `k` `[1, ...]` as `[BN, ...]`; `EVEN` says that none of them
+is outside. Everything it loads has four bytes or more, because a copy that runs ahead of the loop moves no less.
 """
 
 import triton
@@ -27,119 +27,209 @@ def code_pairs(w0, w1, w2, plane, BITS: tl.constexpr):
 
 
 @triton.jit
-def integers(w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+def integers(
+    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+):
     """`(code - z) s`."""
-    code = code_pairs(w0, w1, w2, plane, BITS)
     if PTX:
-        return integers_ptx(code, s0, z0, DTYPE)
+        return integers_ptx(w0, w1, w2, plane, s0, nought, DTYPE, BITS)
     else:
+        code = code_pairs(w0, w1, w2, plane, BITS)
         return integer(code & 0xFFFF, s0, z0, DTYPE), integer(code >> 16, s1, z1, DTYPE)
 
 
 @triton.jit
 def integer(code, s, z, DTYPE: tl.constexpr):
-    """`(code - z) s`; an int8 operand keeps its scale for after the product."""
+    """`(code - z) s`; an int8 operand keeps its scale for after the product. `s` may be a word of `pairs`."""
     if tl.int8 == DTYPE:
         return (code - z).to(tl.int32)
+    elif s.dtype != tl.int32:
+        return (code.to(tl.float32) - z) * s
+    elif tl.float16 == DTYPE:
+        scale = s.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return (code - (((s >> 16) & 0xFFFF) - 0xE400)).to(tl.float32) * scale
     else:
-        return (code.to(tl.float32) - z) * number(s, DTYPE)
+        scale = (s << 16).to(tl.float32, bitcast=True)
+        return (code - (((s >> 16) & 0xFFFF) - 0xC300)).to(tl.float32) * scale
 
 
 @triton.jit
 def signed_integers(
-    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
 ):
     """`(value - z) s` of signed values: a code less the middle one. `z` is any float, so it cannot take that on."""
     code, middle = code_pairs(w0, w1, w2, plane, BITS), 1 << (BITS - 1)
     return integer((code & 0xFFFF) - middle, s0, z0, DTYPE), integer((code >> 16) - middle, s1, z1, DTYPE)
 
 
-@triton.jit
-def number(s, DTYPE: tl.constexpr):
-    """A scale in float32: it is one, or the 16 bits of one in the type of the product."""
-    if s.dtype == tl.int16:
-        if tl.float16 == DTYPE:
-            return s.to(tl.float16, bitcast=True).to(tl.float32)
-        else:
-            return (s.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return s
-
-
-@triton.jit
-def twice(bits):
-    """16 bits in both halves of a word."""
-    return (bits & 0xFFFF) | (bits << 16)
+HALVES_ASM = tl.constexpr("prmt.b32 $0, $2, $2, 0x1010; prmt.b32 $1, $2, $2, 0x3232;")
 
 
 FLOAT16_ASM = tl.constexpr(
-    "{ .reg .b32 t; or.b32 t, $2, 0x64006400; add.rn.f16x2 t, t, $4; mul.rn.f16x2 t, t, $3; mov.b32 {$0, $1}, t; }"
+    "{ .reg .b32 t; shr.u32 t, $2, $3; lop3.b32 t, t, $4, $7, 0xEA; add.rn.f16x2 t, t, $6;"
+    " mul.rn.f16x2 t, t, $5; mov.b32 {$0, $1}, t; }"
 )
 BFLOAT16_ASM = tl.constexpr(
-    "{ .reg .b32 t, u; mov.b32 u, 0x3F803F80; or.b32 t, $2, 0x43004300; fma.rn.bf16x2 t, t, u, $4;"
-    " mov.b32 u, 0x80008000; fma.rn.bf16x2 t, t, $3, u; mov.b32 {$0, $1}, t; }"
+    "{ .reg .b32 t, u; mov.b32 u, 0x3F803F80; shr.u32 t, $2, $3; lop3.b32 t, t, $4, $7, 0xEA;"
+    " fma.rn.bf16x2 t, t, u, $6; mov.b32 u, 0x80008000; fma.rn.bf16x2 t, t, $5, u; mov.b32 {$0, $1}, t; }"
+)
+FLOAT16_PARTS_ASM = tl.constexpr(
+    "{ .reg .b32 t, h; shr.u32 t, $2, $3; lop3.b32 t, t, $4, $7, 0xEA; shf.r.wrap.b32 h, $8, $8, $9;"
+    " lop3.b32 t, h, $10, t, 0xEA; add.rn.f16x2 t, t, $6; mul.rn.f16x2 t, t, $5; mov.b32 {$0, $1}, t; }"
+)
+BFLOAT16_PARTS_ASM = tl.constexpr(
+    "{ .reg .b32 t, u, h; mov.b32 u, 0x3F803F80; shr.u32 t, $2, $3; lop3.b32 t, t, $4, $7, 0xEA;"
+    " shf.r.wrap.b32 h, $8, $8, $9; lop3.b32 t, h, $10, t, 0xEA; fma.rn.bf16x2 t, t, u, $6; mov.b32 u, 0x80008000;"
+    " fma.rn.bf16x2 t, t, $5, u; mov.b32 {$0, $1}, t; }"
 )
 
 
 @triton.jit
-def integers_ptx(code, s, z, DTYPE: tl.constexpr):
+def integers_ptx(w0, w1, w2, plane, pair, nought, DTYPE: tl.constexpr, BITS: tl.constexpr):
     """`(code - z) s` of two codes at once, as 16 bits each.
 
-    A code put under the mantissa of 128 (of 1024 in float16) is the number 128 + code. Taking 128 + z off is exact,
-    the product is rounded once. Multiply-adds, because sm_80 has no other arithmetic on two bfloat16.
+    A code put under the mantissa of 128 (of 1024 in float16) is the number 128 + code: one instruction, `(w & mask) |
+    magic`. Adding `-(128 + z)`, the other half of a word of `pairs`, is exact, the product is rounded once.
+    Multiply-adds, because sm_80 has no other arithmetic on two bfloat16. 8 bits: `bytes_ptx`.
     """
-    scale = twice(s.to(tl.int32))
-    if tl.float16 == DTYPE:
-        offset = twice(0xE400 + z)  # -(1024 + z)
+    if BITS == 8 and tl.bfloat16 == DTYPE:
+        return bytes_ptx(w0, plane, pair)
+    LOW: tl.constexpr = 2 * BITS // 3 if BITS == 3 or BITS == 6 else BITS  # bits of the first part
+    COUNT: tl.constexpr = 16 // LOW  # its fields in half a word
+    scale, offset = tl.inline_asm_elementwise(
+        HALVES_ASM, "=r,=r,r", [pair], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+    )
+    # `nought` is 0: a constant that the assembler knows it would put into a register anew for every pair
+    magic = (0x64006400 if tl.float16 == DTYPE else 0x43004300) | nought
+    w = w0 if LOW == BITS else tl.where(plane < COUNT, w0, w1)
+    shift, mask = LOW * (plane % COUNT), ((1 << LOW) - 1) * 0x00010001
+    if LOW == BITS:
+        ASM: tl.constexpr = FLOAT16_ASM if tl.float16 == DTYPE else BFLOAT16_ASM
         return tl.inline_asm_elementwise(
-            FLOAT16_ASM, "=h,=h,r,r,r", [code, scale, offset], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
-        )
+            ASM, "=h,=h,r,r,r,r,r,r", [w, shift, mask, scale, offset, magic],
+            dtype=(tl.int16, tl.int16), is_pure=True, pack=1,
+        )  # fmt: skip
     else:
-        offset = twice(0xC300 + z)  # -(128 + z)
+        HIGH: tl.constexpr = BITS - LOW
+        TWO: tl.constexpr = FLOAT16_PARTS_ASM if tl.float16 == DTYPE else BFLOAT16_PARTS_ASM
+        turn, above = (HIGH * plane + 32 - LOW) % 32, (((1 << HIGH) - 1) << LOW) * 0x00010001
         return tl.inline_asm_elementwise(
-            BFLOAT16_ASM, "=h,=h,r,r,r", [code, scale, offset], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
-        )
+            TWO, "=h,=h,r,r,r,r,r,r,r,r,r", [w, shift, mask, scale, offset, magic, w2, turn, above],
+            dtype=(tl.int16, tl.int16), is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+BYTES_ASM = tl.constexpr(
+    "{ .reg .b32 t, u; .reg .f32 f, g; prmt.b32 t, $2, 0x4B000000, $3; prmt.b32 u, $2, 0x4B000000, $4;"
+    " mov.b32 f, t; mov.b32 g, u; add.rn.f32 f, f, $6; add.rn.f32 g, g, $6; mul.rn.f32 f, f, $5; mul.rn.f32 g, g, $5;"
+    " cvt.rn.bf16x2.f32 t, g, f; mov.b32 {$0, $1}, t; }"
+)
 
 
 @triton.jit
-def levels(w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+def bytes_ptx(w, plane, pair):
+    """The same of 8 bits in bfloat16: a byte under the mantissa of 2^23 is a float32 with room for the product."""
+    scale = (pair << 16).to(tl.float32, bitcast=True)
+    offset = (((pair >> 16) & 0xFFFF) + (-0x35000000 - 0xC300)).to(tl.float32, bitcast=True)  # -(2^23 + z)
+    even = plane + 0x7440  # bytes of the result: one of the word's, two zeros, 0x4B
+    return tl.inline_asm_elementwise(
+        BYTES_ASM,
+        "=h,=h,r,r,r,f,f",
+        [w, even, even + 2, scale, offset],
+        dtype=(tl.int16, tl.int16),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def look_up(ptr, PTX: tl.constexpr):
+    """Numbers of a table. In PTX, because a load that Triton knows of is copied ahead of the loop, each by itself."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [ptr], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.load(ptr)
+
+
+@triton.jit
+def levels(
+    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+):
     """`table[code] s t`; the entry behind the last level is t, the scale of the tensor."""
     code = code_pairs(w0, w1, w2, plane, BITS)
     whole = tl.load(table_ptr + (1 << BITS))
-    even = tl.load(table_ptr + (code & 0xFFFF)) * s0 * whole
-    odd = tl.load(table_ptr + (code >> 16)) * s1 * whole
+    even = look_up(table_ptr + (code & 0xFFFF), PTX) * s0 * whole
+    odd = look_up(table_ptr + ((code >> 16) & 0xFFFF), PTX) * s1 * whole
     return even, odd
 
 
 @triton.jit
-def codebooks(w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+def codebooks(
+    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+):
     """`table[s, code]`: the "scale" of a block is the number of its codebook."""
     code = code_pairs(w0, w1, w2, plane, BITS)
-    even = tl.load(table_ptr + (s0.to(tl.int64) << BITS) + (code & 0xFFFF))
-    odd = tl.load(table_ptr + (s1.to(tl.int64) << BITS) + (code >> 16))
+    even = look_up(table_ptr + (s0.to(tl.int64) << BITS) + (code & 0xFFFF), PTX)
+    odd = look_up(table_ptr + (s1.to(tl.int64) << BITS) + ((code >> 16) & 0xFFFF), PTX)
     return even, odd
 
 
+MXFP4_ASM = tl.constexpr(
+    "{ .reg .b32 t, u, n; shf.r.wrap.b32 t, $2, $2, $3; and.b32 t, t, 0x01C001C0; shf.r.wrap.b32 u, $2, $2, $4;"
+    " lop3.b32 t, u, 0x80008000, t, 0xEA; mov.b32 u, 0x7E807E80; mov.b32 n, 0x80008000; fma.rn.bf16x2 t, t, u, n;"
+    " fma.rn.bf16x2 t, t, $5, n; mov.b32 {$0, $1}, t; }"
+)
+
+
 @triton.jit
-def float4(w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
-    """E2M1 times `s t`: MXFP4 and NVFP4. `t` is the first entry of the table."""
+def mxfp4(
+    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+):
+    """E2M1 times a power of two.
+
+    In PTX: the three bits below the sign, put where bfloat16's exponent ends, are the number times 2^-126, and every
+    product with a power of two that bfloat16 holds is exact.
+    """
+    if PTX:
+        scale = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $1, 0x3232;",
+            "=r,r",
+            [s0.to(tl.int32, bitcast=True)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        number, sign = (4 * plane + 26) % 32, (4 * plane + 20) % 32  # turns to the right
+        return tl.inline_asm_elementwise(
+            MXFP4_ASM, "=h,=h,r,r,r,r", [w0, number, sign, scale], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
+        )
+    else:
+        code = code_pairs(w0, w1, w2, plane, 4)
+        return e2m1(code & 0xFFFF) * s0, e2m1((code >> 16) & 0xFFFF) * s1
+
+
+@triton.jit
+def float4(
+    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+):
+    """E2M1 times `s t`: NVFP4. `t` is the first entry of the table."""
     code = code_pairs(w0, w1, w2, plane, 4)
     whole = tl.load(table_ptr)
-    return e2m1(code & 0xFFFF) * s0 * whole, e2m1(code >> 16) * s1 * whole
+    return e2m1(code & 0xFFFF) * s0 * whole, e2m1((code >> 16) & 0xFFFF) * s1 * whole
 
 
 @triton.jit
 def e2m1(code):
-    """0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign. Halves are counted as integers: no subnormal float is met."""
-    size = code & 7
-    halves = tl.where(size < 2, size, (2 | (size & 1)) << tl.maximum((size >> 1) - 1, 0))
-    value = halves.to(tl.float32) * 0.5
-    return tl.where(code > 7, -value, value)
+    """0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign: the bits in float32's places are the number times 2^-126."""
+    bits = ((code & 7) << 22) | ((code & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
 
 
 @triton.jit
 def float8_e4m3(
-    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
 ):
     """E4M3 times `s t`, on bits, for machines that lack the type. `t` is the first entry of the table."""
     code = code_pairs(w0, w1, w2, plane, 8)
@@ -149,53 +239,54 @@ def float8_e4m3(
 
 @triton.jit
 def e4m3(code):
-    """The value of a byte of float8_e4m3fn: the pattern in the place of float32's, then the exponent's bias."""
-    size = code & 0x7F
-    normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)  # subnormals count 2^-9
-    return tl.where(code > 0x7F, -value, value)
+    """The value of a byte of float8_e4m3fn: the bits in float32's places are the number times 2^-120."""
+    bits = ((code & 0x7F) << 20) | ((code & 0x80) << 24)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
 
 
 @triton.jit
-def load_blocks(ptr, n, N, k, K, group):
+def load_blocks(ptr, n, N, k, K, GROUP: tl.constexpr, EVEN: tl.constexpr):
     """A `[G, N]` tensor where columns k fall -> `[BN, ...]`; 0 outside."""
-    at = (k // group).to(tl.int64) * N + n[:, None, None]
-    return tl.load(ptr + at, mask=(n[:, None, None] < N) & (k < K), other=0)
+    rows = n[:, None, None]
+    at = ptr + (k // GROUP).to(tl.int64) * N + rows
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(rows < N) & (k < K), other=0)
 
 
 @triton.jit
-def scales(s_ptr, z_ptr, n, N, k, K, group, ZERO: tl.constexpr):
+def scales(s_ptr, z_ptr, n, N, k, K, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr):
     """A float (or a codebook's number), and a constant zero point."""
-    return load_blocks(s_ptr, n, N, k, K, group), ZERO
+    return load_blocks(s_ptr, n, N, k, K, GROUP, EVEN), ZERO
 
 
 @triton.jit
-def scales_and_zeros(s_ptr, z_ptr, n, N, k, K, group, ZERO: tl.constexpr):
+def scales_and_zeros(s_ptr, z_ptr, n, N, k, K, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr):
     """A float each."""
-    return load_blocks(s_ptr, n, N, k, K, group), load_blocks(z_ptr, n, N, k, K, group)
+    return load_blocks(s_ptr, n, N, k, K, GROUP, EVEN), load_blocks(z_ptr, n, N, k, K, GROUP, EVEN)
 
 
 @triton.jit
-def pairs(s_ptr, z_ptr, n, N, k, K, group, ZERO: tl.constexpr):
-    """16 bits each of one word: the scale in the type of the product, the zero point."""
-    both = load_blocks(s_ptr, n, N, k, K, group)
-    return (both & 0xFFFF).to(tl.int16), both >> 16
+def pairs(s_ptr, z_ptr, n, N, k, K, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr):
+    """16 bits each of one word, as `affine_ranges` puts them: the scale, and what takes the zero point off."""
+    return load_blocks(s_ptr, n, N, k, K, GROUP, EVEN), 0
 
 
 @triton.jit
-def bytes_of(s_ptr, n, N, k, K, group):
+def bytes_of(s_ptr, n, N, k, K, GROUP: tl.constexpr, EVEN: tl.constexpr):
     """A byte a block: four neighbours along K are one word."""
-    return (load_blocks(s_ptr, n, N, k, K, 4 * group) >> (8 * ((k // group) % 4))) & 0xFF
+    return (load_blocks(s_ptr, n, N, k, K, 4 * GROUP, EVEN) >> (8 * ((k // GROUP) % 4))) & 0xFF
 
 
 @triton.jit
-def powers(s_ptr, z_ptr, n, N, k, K, group, ZERO: tl.constexpr):
+def powers(s_ptr, z_ptr, n, N, k, K, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr):
     """E8M0: `2^(byte - 127)`, whose smallest is half of float32's smallest normal."""
-    byte = bytes_of(s_ptr, n, N, k, K, group)
+    byte = bytes_of(s_ptr, n, N, k, K, GROUP, EVEN)
     return tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True), ZERO
 
 
 @triton.jit
-def small_floats(s_ptr, z_ptr, n, N, k, K, group, ZERO: tl.constexpr):
+def small_floats(s_ptr, z_ptr, n, N, k, K, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr):
     """E4M3."""
-    return e4m3(bytes_of(s_ptr, n, N, k, K, group)), ZERO
+    return e4m3(bytes_of(s_ptr, n, N, k, K, GROUP, EVEN)), ZERO

@@ -81,6 +81,7 @@ def test_low_rank(format_id: str, name: str, tokens: int) -> None:
 def test_a_layer_runs_it(format_id: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the layer chooses it, has its codes once, saves and differentiates as the reference, compiles."""
     monkeypatch.setattr("hf_quant.kernels._gemm.machine.refuses", lambda device, dtype: None)
+    monkeypatch.setattr("hf_quant.kernels._cpu.native.why_not", lambda: "as on a GPU")
     fmt, cases = format_named(format_id), taken(format_id, name)
     layer = max(cases, key=lambda c: c.inputs is None)
     q, x_TK = make(layer, 0)

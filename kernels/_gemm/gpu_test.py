@@ -18,6 +18,13 @@ GPU = torch.device("cuda")
 DTYPES = (torch.float16, torch.bfloat16)
 
 
+@pytest.fixture(autouse=True)
+def whole_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vendor's products add their parts in float32, as ours do."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
+
+
 def prepared(N: int, K: int, spec: Spec, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor], list[Tensor], Layer]:
     """(decoded weight, canonical tensors, blob, layer)."""
     W_NK = torch.randn(N, K, generator=torch.Generator(GPU).manual_seed(N + K), device=GPU)
@@ -26,17 +33,17 @@ def prepared(N: int, K: int, spec: Spec, dtype: torch.dtype) -> tuple[Tensor, di
     return q.dequantize(dtype), tensors, Triton().prepare(tensors, layer, dtype), layer
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     st.integers(1, 4096),
     st.integers(1, 4096),
     st.sampled_from((1, 2, 4, 5, 17, 64, 100, 256, 1000, 4096)),
-    st.sampled_from((2, 3, 4, 8)),
     st.sampled_from((-1, 16, 32, 100, 128)),
     st.booleans(),
-    st.sampled_from(DTYPES),
 )
-def test_products(N: int, K: int, M: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> None:
+def test_products(bits: int, dtype: torch.dtype, N: int, K: int, M: int, group: int, symmetric: bool) -> None:
     W_NK, tensors, blob, layer = prepared(N, K, int_spec(bits, group, symmetric=symmetric), dtype)
     x_MK = torch.randn(M, K, device=GPU).to(dtype)
     y_MN = Triton().run(x_MK, tensors, blob, layer).double()
@@ -46,20 +53,30 @@ def test_products(N: int, K: int, M: int, bits: int, group: int, symmetric: bool
     assert ((y_MN - expected).abs() <= bound).all()
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    st.integers(1, 2000),
-    st.integers(1, 2000),
-    st.integers(1, 8),
-    st.sampled_from((-1, 16, 32, 100)),
-    st.booleans(),
-    st.sampled_from(DTYPES),
-)
-def test_one_hot_is_the_weight(N: int, K: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from((-1, 16, 32, 100)), st.booleans())
+def test_one_hot_is_the_weight(bits: int, dtype: torch.dtype, N: int, K: int, group: int, symmetric: bool) -> None:
     W_NK, tensors, blob, layer = prepared(N, K, int_spec(bits, group, symmetric=symmetric), dtype)
     one_hot = torch.eye(K, dtype=dtype, device=GPU)
-    for rows in (1, 3, 16, 60, 200, K):
+    for rows in (1, 20, 200, K):
         assert torch.equal(Triton().run(one_hot[:rows], tensors, blob, layer), W_NK.T[:rows])
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_parts_come_in_any_order(tokens: int) -> None:
+    """Hundreds of launches side by side on two streams, K in parts: every result has the same bits."""
+    _, tensors, blob, layer = prepared(512, 4096, int_spec(4, 128), torch.bfloat16)
+    x_MK = torch.randn(tokens, 4096, device=GPU).bfloat16()
+    wanted, streams = Triton().run(x_MK, tensors, blob, layer), [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results = []
+    for i in range(400):
+        with torch.cuda.stream(streams[i % 2]):
+            results.append(Triton().run(x_MK, tensors, blob, layer))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, wanted) for y in results)
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
@@ -114,12 +131,18 @@ def test_graphs_and_compilation(tokens: int, inputs: Spec | None) -> None:
 
 
 @pytest.mark.parametrize("block", [(1, -1), (-1, -1), (128, 128)])
-def test_float8(block: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(300, 512), (320, 1024)])
+def test_float8(shape: tuple[int, int], block: tuple[int, int]) -> None:
     fmt = format_named("float8/1")
     tokens = Spec(grid=E4M3, block=(1, -1), index="token", range="dynamic", scale=FloatGrid("float32"))
-    layer = Layer((300, 512), Spec(grid=E4M3, block=block, scale=FloatGrid("float32")), tokens)
+    layer = Layer(shape, Spec(grid=E4M3, block=block, scale=FloatGrid("float32")), tokens)
     tensors = fmt.pack(refit(torch.randn(layer.shape, device=GPU), layer.weights))
     kernel = next(k for k in fmt.kernels if k.name == "triton-float8")
-    x = torch.randn(70, 512, device=GPU).bfloat16()
+    x = torch.randn(70, shape[1], device=GPU).bfloat16()
     y = kernel.run(x, tensors, kernel.prepare(tensors, layer, x.dtype), layer)
-    torch.testing.assert_close(y, fmt.reference(x, tensors, layer), rtol=2e-2, atol=2e-1)
+    # on the CPU: torch divides by a number there, and multiplies by its reciprocal on a GPU
+    expected = fmt.reference(x.float().cpu(), {n: t.cpu() for n, t in tensors.items()}, layer)
+    size = (x.float().cpu().square() @ fmt.weight(tensors, layer, torch.float32).cpu().square().T).sqrt()
+    bound = 2**-8 * expected.abs() + 3 * 2**-13 * shape[1] ** 0.5 * size  # 13 bits of the largest product are kept
+    assert ((y.cpu().float() - expected).abs() <= bound).all()
+    assert (y.cpu().float() - expected).square().mean() < 1e-4 * expected.square().mean()

@@ -153,6 +153,8 @@ def told(config: Config) -> str:
     """A configuration in words."""
     if config.way == "dense":
         return "dequantized, then the vendor's product"
+    if config.way == "vendor":
+        return "the vendor's product"
     way = {"vector": "multiply-add", "tensor": "tensor cores"}[config.way]
     parts = f", K in {config.splits} parts" if config.splits > 1 else ""
     return (

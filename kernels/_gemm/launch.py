@@ -8,8 +8,9 @@ import triton
 from torch import Tensor
 
 from hf_quant.kernels._gemm import decode, loop
-from hf_quant.kernels._gemm.configs import Config, bucket, choose, fitted
-from hf_quant.kernels._gemm.operand import Weight
+from hf_quant.kernels._gemm.configs import Config, bucket, choose, fitted, kind
+from hf_quant.kernels._gemm.operand import BLOCK, WHOLE_ROW, Weight
+from hf_quant.kernels._gemm.parts import parts_of
 from hf_quant.kernels._gemm.routing import by_expert
 
 INTERPRETED = not isinstance(loop.gemm_fwd_kernel, triton.JITFunction)
@@ -63,8 +64,6 @@ def matmul(
     config = config or choose(weight, values.dtype, bucket(-(-M // count)), values.device)
     if isinstance(x, Tokens) or experts is not None:
         config = only_tensor(config, weight, values)
-    if experts is not None:
-        config = replace(config, splits=1)
     if config.way == "dense":
         assert isinstance(x, Tensor)  # noqa: S101  `only_tensor`
         y_MN = F.linear(x, dequantize(blob, weight, dtype))
@@ -79,19 +78,20 @@ def matmul(
         a, up = a.float(), up.float()
     rank = up.shape[1] if low_rank is not None else 0
     words, first, second, table = operands(blob, weight)
-    blocks = weight.shuffle.blocks(weight.shape)[1]
-    each = triton.cdiv(blocks, config.splits)
-    splits = triton.cdiv(blocks, each)
+    at_once, along = config.blocks(weight, values.dtype.itemsize), weight.shuffle.blocks(weight.shape)[1]
+    steps = triton.cdiv(along, at_once)
+    each = triton.cdiv(steps, config.splits)
+    splits = triton.cdiv(steps, each)
     order = tile = words
     if experts is not None:
         order, tile = by_expert(experts, count, config.BM)
     new = torch.empty if experts is None else torch.zeros  # rows that no expert takes are 0
     y_MN = new(M, N, dtype=torch.float32 if rounded else dtype, device=values.device)
-    out = y_MN if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=values.device)
     scale = x.scale if isinstance(x, Tokens) else values
     zero = x.zero if isinstance(x, Tokens) and x.zero is not None else None
-    tiles = triton.cdiv(M, config.BM) if experts is None else len(tile)
-    loop.gemm_fwd_kernel[(tiles, triton.cdiv(N, config.BN), splits)](
+    grid = (triton.cdiv(M, config.BM) if experts is None else len(tile), triton.cdiv(N, config.BN), splits)
+    parts, tickets = parts_of(grid, (config.BN, config.BM), values.device) if splits > 1 else (y_MN, y_MN)
+    loop.gemm_fwd_kernel[grid](
         values,
         words,
         first,
@@ -104,22 +104,25 @@ def matmul(
         up,
         order,
         tile,
-        out,
+        parts,
+        tickets,
+        y_MN,
         M,
         N,
         K,
-        blocks,
-        weight.group,
+        along,
         values.stride(0),
         *(t.stride(0) for t in (words, first, table)),
         0 if row_sums is None else row_sums.stride(0),
         copies,
-        each,
-        **constants(weight, values.dtype),
+        each * at_once,
+        **constants(weight, values.dtype, at_once, config.BN),
+        BLOCKS=at_once,
+        **instruction(config, weight, values.dtype, kind(values.device)),
         SHIFTED=zero is not None,
         RANK=rank,
         EXPERTS=experts is not None,
-        PARTIAL=splits > 1,
+        SPLITS=splits,
         VECTOR=config.way == "vector",
         ROUND=rounded and values.dtype == torch.float32,
         STAGES=config.num_stages,
@@ -128,41 +131,7 @@ def matmul(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if splits > 1:
-        combine(out, y_MN, x if isinstance(x, Tokens) else None, row_sums, (a, up) if rank else None)
     return y_MN.to(dtype) if rounded else y_MN
-
-
-def combine(
-    parts_SMN: Tensor,
-    y_MN: Tensor,
-    tokens: Tokens | None,
-    row_sums: Tensor | None,
-    low_rank: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Sum the parts into `y_MN` and do what the end of a product does."""
-    splits, M, N = parts_SMN.shape
-    a, up = low_rank if low_rank is not None else (y_MN, y_MN)
-    scale = tokens.scale if tokens is not None else parts_SMN
-    zero = tokens.zero if tokens is not None else None
-    BM = 16 if M > 8 else triton.next_power_of_2(M)
-    loop.combine_fwd_kernel[(triton.cdiv(M, BM), triton.cdiv(N, 128))](
-        parts_SMN,
-        scale,
-        scale if zero is None else zero,
-        scale if row_sums is None else row_sums,
-        a,
-        up,
-        y_MN,
-        M,
-        N,
-        splits,
-        SCALED=tokens is not None,
-        SHIFTED=zero is not None,
-        RANK=up.shape[1] if low_rank is not None else 0,
-        BM=BM,
-        BN=128,
-    )
 
 
 def dequantize(blob: list[Tensor], weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -171,27 +140,40 @@ def dequantize(blob: list[Tensor], weight: Weight, dtype: torch.dtype) -> Tensor
     words, first, second, table = operands(blob, weight)
     rounded = INTERPRETED and dtype == torch.bfloat16
     W_NK = torch.empty(N, K, dtype=torch.float32 if rounded else dtype, device=words.device)
-    BN, blocks = 64, weight.shuffle.blocks(weight.shape)[1]
-    loop.dequantize_kernel[(blocks, triton.cdiv(N, BN))](
-        words, first, second, table, W_NK, N, K, blocks, weight.group, **constants(weight, dtype), ROUND=rounded, BN=BN
+    BN, along, fixed = 64, weight.shuffle.blocks(weight.shape)[1], constants(weight, dtype, 1, 64)
+    loop.dequantize_kernel[(along, triton.cdiv(N, BN))](
+        words, first, second, table, W_NK, N, K, along, **fixed, ROUND=rounded, BN=BN
     )
     return W_NK.to(dtype) if rounded else W_NK
 
 
-def constants(weight: Weight, dtype: torch.dtype, backend: str = BACKEND) -> dict[str, object]:
-    """What the kernels are compiled for, as far as the weight and the type of the tokens decide it."""
-    shuffle = weight.shuffle
+def constants(weight: Weight, dtype: torch.dtype, blocks: int, BN: int, backend: str = BACKEND) -> dict[str, object]:
+    """What the kernels are compiled for, as far as the weight, the type of the tokens and the tile decide it."""
+    shuffle, (N, K) = weight.shuffle, weight.shape
     return {
         "DECODE": getattr(decode, weight.decode),
         "BITS": weight.bits,
         "WORDS": shuffle.words,
         "PLANES": shuffle.planes,
         "RANGES": getattr(decode, weight.ranges),
-        "SPAN": weight.span,
+        "SPAN": BLOCK if weight.span == WHOLE_ROW else weight.span,
+        "GROUP": 1 << 30 if weight.span == WHOLE_ROW else weight.group,
         "ZERO": weight.zero,
         "UNIT": weight.unit,
         "PTX": weight.ptx(dtype, backend),
+        "EVEN": N % BN == 0 and K % (blocks * shuffle.columns) == 0,
     }
+
+
+def instruction(config: Config, weight: Weight, dtype: torch.dtype, target: str) -> dict[str, object]:
+    """What a tile's matrix instruction asks of the loop.
+
+    On Hopper, Triton gives tiles of 64 rows and 4 warps wgmma, which reads registers while the program goes on, and
+    smaller tiles mma.sync, which wants four neighbours of a row in a thread, as on Ampere.
+    """
+    hopper = target == "sm_90" and dtype.itemsize == 2 and config.way == "tensor"
+    small = config.BN < 64 or config.num_warps % 4 != 0
+    return {"FRAGMENT": 4 if hopper and small else weight.unit, "ASYNC": hopper and not small}
 
 
 def operands(blob: list[Tensor], weight: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,8 +7,9 @@ then what it multiplies, and no decoded weight passes through shared memory. REA
 import triton
 import triton.language as tl
 
-# How many columns share a scale, as a block of the shuffled layout sees it.
-WHOLE_ROW, BLOCK, PLANE, ELEMENT = (tl.constexpr(i) for i in range(4))
+# How many columns share a scale, as a block of the shuffled layout sees it. One range a row is one a block:
+# loaded before the loop it would have a layout of its own, and Triton would exchange weights instead of scales.
+BLOCK, PLANE, ELEMENT = (tl.constexpr(i) for i in range(1, 4))
 
 
 @triton.jit
@@ -20,42 +21,60 @@ def round_to_bfloat16(x):
 
 
 @triton.jit
-def load_words(q_ptr, block, inside, BN: tl.constexpr, WORDS: tl.constexpr, J: tl.constexpr):
-    """Word J of every slot of some blocks: `[BN / 16]` block numbers -> `[BN, 1, 8]`. A reshape, no data moves."""
-    at = (block * WORDS + J) * 128
-    w = tl.load(q_ptr + at[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0)
+def load_words(
+    q_ptr, row_block, N, KB, kb, J: tl.constexpr, WORDS: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """Word J of every slot of some blocks: `[BN / 16]` rows of blocks -> `[BN, 1, 8]`. A reshape, no data moves."""
+    at = q_ptr + (((row_block * KB + kb) * WORDS + J) * 128)[:, None] + tl.arange(0, 128)[None, :]
+    w = tl.load(at) if EVEN else tl.load(at, mask=((row_block * 16 < N) & (kb < KB))[:, None], other=0)
     w = tl.reshape(w, (BN // 16, 8, 4, 2, 2))  # g, t, k half, row half
     w = tl.permute(w, (0, 4, 1, 3, 2))
     return tl.reshape(w, (BN, 1, 8))
 
 
 @triton.jit
-def load_weights(
-    q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb, group,
-    DTYPE: tl.constexpr, DECODE: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
-    RANGES: tl.constexpr, SPAN: tl.constexpr, ZERO: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr,
-    ROUND: tl.constexpr, BN: tl.constexpr,
+def load_ranges(
+    s_ptr, z_ptr, n, N, K, kb, odd: tl.constexpr,
+    PLANES: tl.constexpr, RANGES: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Block column kb, decoded: `[BN, 16 PLANES]`, columns in order; and its scales. `s` and `z` are those of whole
-    rows, used when there is one each.
-    """
-    block, inside = row_block * KB + kb, row_block * 16 < N
-    w0 = load_words(q_ptr, block, inside, BN, WORDS, 0)
-    w1 = load_words(q_ptr, block, inside, BN, WORDS, 1) if WORDS > 1 else w0
-    w2 = load_words(q_ptr, block, inside, BN, WORDS, 2) if WORDS > 2 else w0
-    plane = tl.arange(0, PLANES)[None, :, None]
+    """(scales, zero points) of block column kb, as finely as groups cut it: of the `odd` neighbour of each pair."""
+    COLUMNS: tl.constexpr = 16 * PLANES
     LOW: tl.constexpr = UNIT // 2  # planes whose pairs are neighbours
-    if SPAN != WHOLE_ROW:
-        at = kb * (16 * PLANES) + tl.zeros((1, 1, 1), tl.int32)
+    plane = tl.arange(0, PLANES)[None, :, None]
+    at = tl.zeros((1, 1, 1), tl.int32) + kb * COLUMNS
+    if SPAN == PLANE and COLUMNS % GROUP == 0 and COLUMNS // GROUP <= 4:  # each group's once
+        s, z = RANGES(s_ptr, z_ptr, n, N, at, K, GROUP, ZERO, EVEN)
+        for group in tl.static_range(1, COLUMNS // GROUP):
+            next_s, next_z = RANGES(s_ptr, z_ptr, n, N, at + group * GROUP, K, GROUP, ZERO, EVEN)
+            here = plane >= group * (GROUP // 16)
+            s, z = tl.where(here, next_s, s), tl.where(here, next_z, z)
+    else:
         if SPAN != BLOCK:
             at += plane // LOW * (8 * UNIT)
         if SPAN == ELEMENT:
-            at += tl.arange(0, 8)[None, None, :] * UNIT + plane % LOW * 2
-        s, z = RANGES(s_ptr, z_ptr, n, N, at, K, group, ZERO)
+            at += tl.arange(0, 8)[None, None, :] * UNIT + plane % LOW * 2 + odd
+        s, z = RANGES(s_ptr, z_ptr, n, N, at, K, GROUP, ZERO, EVEN)
+    return s, z
+
+
+@triton.jit
+def load_weights(
+    q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb,
+    DTYPE: tl.constexpr, DECODE: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
+    RANGES: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, UNIT: tl.constexpr,
+    FRAGMENT: tl.constexpr, PTX: tl.constexpr, ROUND: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Block column kb, decoded: `[BN, 16 PLANES]`, columns in the order of `arrange`. `s` and `z` are its ranges."""
+    w0 = load_words(q_ptr, row_block, N, KB, kb, 0, WORDS, BN, EVEN)
+    w1 = load_words(q_ptr, row_block, N, KB, kb, 1, WORDS, BN, EVEN) if WORDS > 1 else w0
+    w2 = load_words(q_ptr, row_block, N, KB, kb, 2, WORDS, BN, EVEN) if WORDS > 2 else w0
     s1, z1 = s, z
     if SPAN == ELEMENT:
-        s1, z1 = RANGES(s_ptr, z_ptr, n, N, at + 1, K, group, ZERO)
-    even, odd = DECODE(w0, w1, w2, plane, s, s1, z, z1, table_ptr, DTYPE, BITS, PTX)
+        s1, z1 = load_ranges(s_ptr, z_ptr, n, N, K, kb, 1, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
+    plane = tl.arange(0, PLANES)[None, :, None]
+    even, odd = DECODE(w0, w1, w2, plane, s, s1, z, z1, table_ptr, K >> 31, DTYPE, BITS, PTX)
+    LOW: tl.constexpr = FRAGMENT // 2
     w = tl.reshape(tl.join(even, odd), (BN, PLANES // LOW, LOW, 8, 2))
     w = tl.reshape(tl.permute(w, (0, 1, 3, 2, 4)), (BN, 16 * PLANES))
     if w.dtype == tl.int16:
@@ -64,7 +83,29 @@ def load_weights(
         w = round_to_bfloat16(w)
     else:
         w = w.to(DTYPE)
-    return w, s
+    return w
+
+
+@triton.jit
+def arrange(x, BM: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, FRAGMENT: tl.constexpr):
+    """Tokens `[16 PLANES, BM]` -> the same, their columns as the instruction wants them of weights that lie by UNIT."""
+    if UNIT == FRAGMENT:
+        return x
+    else:
+        x = tl.permute(tl.reshape(x, (PLANES // (UNIT // 2), 8, UNIT // 2, 2, BM)), (0, 2, 1, 3, 4))
+        x = tl.reshape(x, (PLANES // (FRAGMENT // 2), FRAGMENT // 2, 8, 2, BM))
+        return tl.reshape(tl.permute(x, (0, 2, 1, 3, 4)), (16 * PLANES, BM))
+
+
+@triton.jit
+def finished(acc):
+    """`acc`, once the product that makes it is done: no instruction, but a use that Triton waits for.
+
+    The instruction reads registers while the program goes on, and Triton lets one product run into the next turn of
+    the loop. The assembler does not know that its registers are still read: it puts the next turn's weights there, and
+    products of half-decoded weights come out (seen on an H200 with 128 tokens and more; `ahead_test.py` looks for it).
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -100,6 +141,34 @@ def finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, token, n, M, N
 
 
 @triton.jit
+def add_parts(acc, part_ptr, ticket_ptr, SPLITS: tl.constexpr):
+    """(sum of the tile's parts, whether this program is to finish it): the last to come adds them, in their order.
+
+    `part_ptr`: float32 `[tiles, SPLITS, BN, BM]`. `ticket_ptr`: zeros `[tiles]`, left as zeros.
+    """
+    BN: tl.constexpr = acc.shape[0]
+    BM: tl.constexpr = acc.shape[1]
+    tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    within = (tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]).to(tl.int64)
+    at = part_ptr + tile * (SPLITS * BN * BM) + within
+    tl.store(at + tl.program_id(2) * (BN * BM), acc)
+    tl.debug_barrier()  # all of the part is written before the ticket is drawn
+    last = tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        acc = tl.zeros((BN, BM), dtype=tl.float32)
+        # others wrote them: not from this processor's cache. Small tiles fly together, large ones have no room to
+        if BN * BM <= 4096:
+            for i in tl.static_range(SPLITS):
+                acc += tl.load(at + i * (BN * BM), cache_modifier=".cg")
+        else:
+            for _ in range(SPLITS):
+                acc += tl.load(at, cache_modifier=".cg")
+                at += BN * BM
+        tl.store(ticket_ptr + tile, 0)
+    return acc, last
+
+
+@triton.jit
 def gemm_fwd_kernel(
     x_ptr,  # [M / copies, K], rows x_row apart
     q_ptr,  # [N / 16, KB, WORDS, 128] int32
@@ -113,42 +182,49 @@ def gemm_fwd_kernel(
     up_ptr,  # [N, RANK], or anything
     order_ptr,  # rows of y in the order of their experts, in tiles of one expert each, M where there is none
     expert_ptr,  # the expert of each tile
-    y_ptr,  # [M, N], or float32 [splits, M, N]
+    part_ptr,  # float32, see `add_parts`, or anything
+    ticket_ptr,
+    y_ptr,  # [M, N]
     M,
     N,
     K,
     KB,
-    group,
     x_row,
     q_expert,  # from one expert's words to the next one's
     s_expert,
     table_expert,
     sum_expert,
     copies,  # rows of y that one row of x makes
-    blocks_per_split,
+    blocks_per_split,  # a multiple of BLOCKS
     DECODE: tl.constexpr,  # words -> weights, see decode.py
     BITS: tl.constexpr,
     WORDS: tl.constexpr,  # words of a slot
     PLANES: tl.constexpr,
     RANGES: tl.constexpr,  # scales and zero points of columns, see decode.py
     SPAN: tl.constexpr,
+    GROUP: tl.constexpr,  # columns that share a scale
     ZERO: tl.constexpr,  # the constant zero point where none are loaded
-    UNIT: tl.constexpr,  # neighbours of a row in one register
+    UNIT: tl.constexpr,  # neighbours of a row in one thread, as words have them
+    FRAGMENT: tl.constexpr,  # as the instruction wants them
+    ASYNC: tl.constexpr,  # the instruction reads registers while the program goes on
     SHIFTED: tl.constexpr,
     RANK: tl.constexpr,
     EXPERTS: tl.constexpr,
-    PARTIAL: tl.constexpr,  # y gets sums without an epilogue
+    SPLITS: tl.constexpr,  # parts of K
     VECTOR: tl.constexpr,  # multiply and add instead of tensor cores
     PTX: tl.constexpr,  # the target takes inline PTX
     ROUND: tl.constexpr,  # x is float32 and weights are rounded to bfloat16, for the interpreter, which lacks the type
+    EVEN: tl.constexpr,  # tiles end where N and K do
     STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr,  # block columns at once
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """`y[m, n] = sum_k x[m, k] W[n, k]`, accumulated in float32 (groups of int8 products in int32)."""
+    """`y[m, n] = sum_k x[m, k] W[n, k]`, accumulated in float32 (products of int8 in int32, by groups)."""
     COLUMNS: tl.constexpr = 16 * PLANES
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     INTEGER: tl.constexpr = tl.int8 == DTYPE
+    ONCE: tl.constexpr = SPAN == BLOCK and GROUP % (COLUMNS * BLOCKS) == 0  # a turn has one range a row
     m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     row_block = (tl.program_id(1) * (BN // 16) + tl.arange(0, BN // 16)).to(tl.int64)
@@ -163,75 +239,69 @@ def gemm_fwd_kernel(
         table_ptr += expert * table_expert
         sum_ptr += expert * sum_expert
 
-    s, z = 0, 0
-    if SPAN == WHOLE_ROW:
-        s, z = RANGES(s_ptr, z_ptr, n, N, tl.zeros((1, 1, 1), tl.int32), K, group, ZERO)
     if VECTOR:  # noqa: SIM108  the two are tensors of different types to Triton
         acc = tl.zeros((BN, 16, BM), dtype=tl.float32)
     else:
         acc = tl.zeros((BN, BM), dtype=tl.float32)
     first = tl.program_id(2) * blocks_per_split
+    x_at = x_ptr + token[None, :] * x_row + tl.arange(0, COLUMNS).to(tl.int64)[:, None]
     # the number of stages said here, so that loops without matrix instructions are pipelined as well
-    for kb in tl.range(first, tl.minimum(first + blocks_per_split, KB), num_stages=STAGES):
-        k = (kb * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-        x = tl.load(x_ptr + token[None, :] * x_row + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0)
-        w, s_block = load_weights(
-            q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb, group,
-            DTYPE, DECODE, BITS, WORDS, PLANES, RANGES, SPAN, ZERO, UNIT, PTX, ROUND, BN,
-        )  # fmt: skip
-        if VECTOR:
-            w = tl.reshape(w.to(tl.float32), (BN, PLANES, 16, 1))
-            acc += tl.sum(w * tl.reshape(x, (1, PLANES, 16, BM)).to(tl.float32), 1)
-        elif INTEGER:
-            acc += tl.dot(w, x).to(tl.float32) * tl.reshape(s_block, (BN, 1))
-        else:
-            acc = tl.dot(w, x, acc, input_precision="ieee")
+    for start in tl.range(first, tl.minimum(first + blocks_per_split, KB), BLOCKS, num_stages=STAGES):
+        if ONCE:
+            s, z = load_ranges(s_ptr, z_ptr, n, N, K, start, 0, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
+        for block in tl.static_range(BLOCKS):  # several a turn, so that the turn itself costs less
+            kb = start + block
+            k = (kb * COLUMNS).to(tl.int64)
+            if EVEN:
+                x = tl.load(x_at + k, mask=(m < M)[None, :], other=0)
+            else:
+                x = tl.load(x_at + k, mask=(m < M)[None, :] & (k + tl.arange(0, COLUMNS) < K)[:, None], other=0)
+            if not ONCE:
+                s, z = load_ranges(s_ptr, z_ptr, n, N, K, kb, 0, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
+            w = load_weights(
+                q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb,
+                DTYPE, DECODE, BITS, WORDS, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, FRAGMENT, PTX, ROUND, BN, EVEN,
+            )  # fmt: skip
+            x = arrange(x, BM, PLANES, UNIT, FRAGMENT)
+            if VECTOR:
+                w = tl.reshape(w.to(tl.float32), (BN, PLANES, 16, 1))
+                acc += tl.sum(w * tl.reshape(x, (1, PLANES, 16, BM)).to(tl.float32), 1)
+            elif INTEGER:
+                acc += tl.dot(w, x).to(tl.float32) * tl.reshape(s, (BN, 1))
+            else:
+                acc = tl.dot(w, x, acc, input_precision="ieee")
+                if ASYNC:
+                    acc = finished(acc)
 
     if VECTOR:
         acc = tl.sum(acc, 1)
-    if PARTIAL:
-        y_ptr += tl.program_id(2).to(tl.int64) * M * N
-        tl.store(y_ptr + m[None, :] * N + n[:, None], acc, mask=(m < M)[None, :] & (n < N)[:, None])
-    else:
+    last = True
+    if SPLITS > 1:
+        acc, last = add_parts(acc, part_ptr, ticket_ptr, SPLITS)
+    if last:
         finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, token, n, M, N, INTEGER, SHIFTED, RANK)
 
 
 @triton.jit
-def combine_fwd_kernel(
-    partial_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, y_ptr, M, N, splits,
-    SCALED: tl.constexpr, SHIFTED: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Sum the splits of K, always in the same order, and finish."""
-    m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
-    at = m[None, :] * N + n[:, None]
-    inside = (m < M)[None, :] & (n < N)[:, None]
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
-    step = (tl.zeros((1, 1), tl.int64) + M) * N
-    part = at
-    for _ in range(splits):
-        acc += tl.load(partial_ptr + part, mask=inside, other=0.0)
-        part += step
-    finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, m, n, M, N, SCALED, SHIFTED, RANK)
-
-
-@triton.jit
 def dequantize_kernel(
-    q_ptr, s_ptr, z_ptr, table_ptr, w_ptr, N, K, KB, group,
+    q_ptr, s_ptr, z_ptr, table_ptr, w_ptr, N, K, KB,
     DECODE: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, RANGES: tl.constexpr,
-    SPAN: tl.constexpr, ZERO: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr, ROUND: tl.constexpr,
-    BN: tl.constexpr,
+    SPAN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr,
+    ROUND: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """`W[n, k]` in the type of `w_ptr`: one block of columns, BN rows."""
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     row_block = (tl.program_id(1) * (BN // 16) + tl.arange(0, BN // 16)).to(tl.int64)
     kb = tl.program_id(0)
-    s, z = 0, 0
-    if SPAN == WHOLE_ROW:
-        s, z = RANGES(s_ptr, z_ptr, n, N, tl.zeros((1, 1, 1), tl.int32), K, group, ZERO)
-    w, _ = load_weights(
-        q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb, group,
-        w_ptr.dtype.element_ty, DECODE, BITS, WORDS, PLANES, RANGES, SPAN, ZERO, UNIT, PTX, ROUND, BN,
+    s, z = load_ranges(s_ptr, z_ptr, n, N, K, kb, 0, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
+    w = load_weights(
+        q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb,
+        w_ptr.dtype.element_ty, DECODE, BITS, WORDS, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, UNIT, PTX, ROUND,
+        BN, EVEN,
     )  # fmt: skip
-    k = (kb * (16 * PLANES) + tl.arange(0, 16 * PLANES)).to(tl.int64)
-    tl.store(w_ptr + n[:, None] * K + k[None, :], w, mask=(n < N)[:, None] & (k < K)[None, :])
+    k = (kb * (16 * PLANES)).to(tl.int64) + tl.arange(0, 16 * PLANES)
+    at = w_ptr + n[:, None] * K + k[None, :]
+    if EVEN:
+        tl.store(at, w)
+    else:
+        tl.store(at, w, mask=(n < N)[:, None] & (k < K)[None, :])

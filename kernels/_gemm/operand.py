@@ -52,10 +52,16 @@ class Weight:
         return BLOCK if common == self.shuffle.columns else PLANE if common % (8 * self.unit) == 0 else ELEMENT
 
     def ptx(self, dtype: torch.dtype, backend: str) -> bool:
-        """Whether the inline PTX decodes it: exact in 16 bits, groups that do not part a pair, an NVIDIA target."""
-        widest = {torch.bfloat16: 7, torch.float16: 8}.get(dtype, 0)  # a code fits under the magic number's mantissa
-        exact = self.decode == "integers" and self.ranges == "pairs" and self.bits <= widest
-        return backend == "cuda" and exact and self.span != ELEMENT
+        """Whether inline PTX decodes it: exact in 16 bits, groups that do not part a pair, an NVIDIA target."""
+        if backend != "cuda":
+            return False
+        if self.decode in ("levels", "codebooks"):
+            return True
+        if self.span == ELEMENT or dtype not in (torch.bfloat16, torch.float16):
+            return False
+        if self.decode == "mxfp4":
+            return dtype == torch.bfloat16
+        return self.decode == "integers" and self.ranges == "pairs"
 
 
 def unit_for(target: str, group: int, K: int) -> int:
@@ -67,20 +73,27 @@ def unit_for(target: str, group: int, K: int) -> int:
     return 4 if target.startswith(("sm_8", "sm_12")) and (group >= K or group % 32 == 0) else 2
 
 
-def affine_ranges(scale_NG: Tensor, zero_NG: Tensor | None, rows: int, dtype: torch.dtype) -> list[Tensor]:
-    """[scales], or [scale and zero point in one word], or [scales, zero points]: each `[G, N]`.
+MAGIC = {torch.bfloat16: 0xC300, torch.float16: 0xE400}  # -128 and -1024: see decode.integers_ptx
 
-    So the rows of a tile are neighbours. A word has room for a scale that `dtype` holds exactly. What it is tells
-    `ranges_of`.
+
+def affine_ranges(
+    scale_NG: Tensor, zero_NG: Tensor | None, rows: int, dtype: torch.dtype, *, zero: int = 0
+) -> list[Tensor]:
+    """[scale and zero point in one word], or [scales], or [scales, zero points]: each `[G, N]`.
+
+    So the rows of a tile are neighbours. A word has room for a scale that `dtype` holds exactly; above it lies the
+    number `-(128 + zero point)` (float16: 1024) in `dtype`. Which it is tells `ranges_of`. `zero`: where `zero_NG` is
+    None.
     """
     scale = scale_NG.expand(rows, -1).T.float()
+    narrow = scale.to(dtype)
+    if dtype in MAGIC and torch.equal(narrow.float(), scale):
+        above = MAGIC[dtype] + (torch.full_like(scale, zero) if zero_NG is None else zero_NG.expand(rows, -1).T).long()
+        word = (narrow.contiguous().view(torch.int16).long() & 0xFFFF) | (above << 16)
+        return [torch.where(word >= 1 << 31, word - (1 << 32), word).int().contiguous()]
     if zero_NG is None:
         return [scale.contiguous()]
-    zero, narrow = zero_NG.expand(rows, -1).T, scale.to(dtype)
-    if dtype in (torch.bfloat16, torch.float16) and torch.equal(narrow.float(), scale):
-        word = (narrow.contiguous().view(torch.int16).int() & 0xFFFF) | (zero.int() << 16)
-        return [word.contiguous()]
-    return [scale.contiguous(), zero.float().contiguous()]
+    return [scale.contiguous(), zero_NG.expand(rows, -1).T.float().contiguous()]
 
 
 def ranges_of(blob: list[Tensor]) -> RangesOf:

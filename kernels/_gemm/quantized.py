@@ -1,7 +1,7 @@
 """Launching what quantized tokens need: their quantization, the Hadamard transform, and 8-bit products."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import gcd, log2
 
@@ -11,8 +11,11 @@ from torch import Tensor
 
 from hf_quant.grids import IntGrid
 from hf_quant.hadamard import Hadamard, signs
-from hf_quant.kernels._gemm.configs import Config
-from hf_quant.kernels._gemm.launch import INTERPRETED, Tokens, combine
+from hf_quant.kernels._gemm.configs import Config, kind
+from hf_quant.kernels._gemm.launch import INTERPRETED, Tokens, dequantize
+from hf_quant.kernels._gemm.machine import multiplies_float8
+from hf_quant.kernels._gemm.operand import Weight
+from hf_quant.kernels._gemm.parts import parts_of
 from hf_quant.kernels._gemm.routing import by_expert
 from hf_quant.kernels._gemm.scaled import scaled_fwd_kernel
 from hf_quant.kernels._gemm.tokens import tokens_fwd_kernel
@@ -119,6 +122,8 @@ def _launch(
         ZERO=zero is not None,
         STATIC=static is not None,
         TABLE=table,
+        CONVERTS=values.dtype == torch.uint8 and not INTERPRETED and multiplies_float8(values.device),
+        ONCE=size >= K,
         SIZE=size,
         STEPS=int(log2(size)) if transform else 0,
         SIGNS=signs is not None,
@@ -159,10 +164,15 @@ def scaled_matmul(
     y_MN = new(M, N, dtype=dtype, device=W_NK.device)
     if M == 0:
         return y_MN
+    if config is None and experts is None and x.zero is None and vendor_multiplies(W_NK, block, dtype, M):
+        # in instructions that Triton 3.6 does not reach; see the figures of `float8 W8A8 rows`
+        y_MN = torch._scaled_mm(
+            x.values, W_NK.T, scale_a=x.scale[:, None], scale_b=scale_GN, out_dtype=dtype, use_fast_accum=False
+        )
+        return y_MN if low_rank is None else torch.addmm(y_MN, low_rank[0], low_rank[1].T)
     BK = tile_of_k(block, K)
     config = config or eight_bit(-(-M // count), N, K, BK)
-    if experts is not None:
-        config = replace(config, splits=1)
+    BK = min(BK, config.BK)
     rounded = INTERPRETED and dtype == torch.bfloat16
     if rounded:
         y_MN = y_MN.float()
@@ -170,13 +180,13 @@ def scaled_matmul(
     tiles = triton.cdiv(K, BK)
     each = triton.cdiv(tiles, config.splits)
     splits = triton.cdiv(tiles, each)
-    out = y_MN if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=W_NK.device)
     a, up = low_rank if low_rank is not None else (y_MN, y_MN)
     order = tile = x.scale
     if experts is not None:
         order, tile = by_expert(experts, count, config.BM)
-    row_tiles = triton.cdiv(M, config.BM) if experts is None else len(tile)
-    scaled_fwd_kernel[(row_tiles, triton.cdiv(N, config.BN), splits)](
+    grid = (triton.cdiv(M, config.BM) if experts is None else len(tile), triton.cdiv(N, config.BN), splits)
+    parts, tickets = parts_of(grid, (config.BN, config.BM), W_NK.device) if splits > 1 else (y_MN, y_MN)
+    scaled_fwd_kernel[grid](
         x.values,
         W_NK,
         scale_GN,
@@ -187,7 +197,9 @@ def scaled_matmul(
         up,
         order,
         tile,
-        out,
+        parts,
+        tickets,
+        y_MN,
         M,
         N,
         K,
@@ -199,16 +211,36 @@ def scaled_matmul(
         SHIFTED=x.zero is not None,
         RANK=up.shape[1] if low_rank is not None else 0,
         EXPERTS=experts is not None,
-        PARTIAL=splits > 1,
+        SPLITS=splits,
+        EVEN=N % config.BN == 0 and K % BK == 0,
         BM=config.BM,
         BN=config.BN,
         BK=BK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if splits > 1:
-        combine(out, y_MN, x, row_sums, low_rank)
     return y_MN.to(dtype) if rounded else y_MN
+
+
+def vendor_multiplies(W_NK: Tensor, block: int, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether torch's own float8 product takes it: one scale a row, bfloat16, Hopper, rows of 16 bytes, many tokens."""
+    N, K = W_NK.shape[-2:]
+    fits = W_NK.dtype == torch.float8_e4m3fn and block >= K and dtype == torch.bfloat16 and N % 16 == K % 16 == 0
+    return fits and W_NK.is_cuda and kind(W_NK.device) == "sm_90" and tokens > 16
+
+
+def unpacked_matmul(
+    x: Tokens,
+    blob: list[Tensor],
+    weight: Weight,
+    dtype: torch.dtype,
+    *,
+    row_sums: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The same for packed integers: written out as bytes once, for so many tokens that it pays."""
+    W_NK = dequantize(blob, weight, torch.int8)
+    return scaled_matmul(x, W_NK, blob[1], weight.group, dtype, row_sums=row_sums, low_rank=low_rank)
 
 
 def tile_of_k(block: int, K: int) -> int:
@@ -219,6 +251,10 @@ def tile_of_k(block: int, K: int) -> int:
 def eight_bit(M: int, N: int, K: int, BK: int) -> Config:
     """By arithmetic: tiles of 128 where tokens fill them, K in parts where they leave processors idle. Not tuned."""
     BM = next((b for b in (16, 32, 64) if b >= M), 128)
-    tiles = triton.cdiv(M, BM) * triton.cdiv(N, 128)
+    if M <= 128 and M > 32:  # measured on an H200; larger tiles leave its processors idle
+        BM, BN, stages = 64, 64, 4
+    else:
+        BN, stages = 128, 3
+    tiles = triton.cdiv(M, BM) * triton.cdiv(N, BN)
     splits = max(1, min(8, 264 // tiles, triton.cdiv(K, 4 * BK)))
-    return Config("tensor", BM=BM, BN=128, splits=splits, num_warps=4 if BM < 128 else 8, num_stages=3)
+    return Config("tensor", BM=BM, BN=BN, BK=BK, splits=splits, num_warps=4 if BM < 128 else 8, num_stages=stages)

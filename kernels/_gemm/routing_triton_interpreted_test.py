@@ -124,6 +124,7 @@ def test_a_mixture_of_experts_runs_one_launch_a_matrix(
     """As on a GPU: transformers' experts, saved as canonical bytes, held once, with gradients, compiled whole."""
     torch.compiler.reset()
     monkeypatch.setattr("hf_quant.kernels._gemm.machine.refuses", lambda device, dtype: None)
+    monkeypatch.setattr("hf_quant.kernels._cpu.native.why_not", lambda: "as on a GPU")
     experts, args = quantized("mixtral", spec, torch.float32, inputs), routing()
     before = {name: t.clone() for name, t in experts.state_dict().items()}
     wanted = apart(experts, args)

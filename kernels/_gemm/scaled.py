@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hf_quant.kernels._gemm.loop import finish
+from hf_quant.kernels._gemm.loop import add_parts, finish
 
 
 @triton.jit
@@ -18,7 +18,9 @@ def scaled_fwd_kernel(
     up_ptr,
     order_ptr,  # rows of y by expert, and the expert of each tile, as in loop.py
     expert_ptr,
-    y_ptr,  # [M, N], or float32 [splits, M, N]
+    part_ptr,  # see loop.add_parts, or anything
+    ticket_ptr,
+    y_ptr,  # [M, N]
     M,
     N,
     K,
@@ -30,7 +32,8 @@ def scaled_fwd_kernel(
     SHIFTED: tl.constexpr,
     RANK: tl.constexpr,
     EXPERTS: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVEN: tl.constexpr,  # tiles end where N and K do
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -53,19 +56,31 @@ def scaled_fwd_kernel(
         sum_ptr += expert * N
     acc = tl.zeros((BN, BM), dtype=tl.int32 if INTEGER and WHOLE else tl.float32)
     first = tl.program_id(2) * tiles_per_split
+    k = (first * BK + tl.arange(0, BK)).to(tl.int64)
+    x_at = x_ptr + token[None, :] * K + k[:, None]
+    w_at = w_ptr + n[:, None] * K + k[None, :]
+    step = tl.full((1, 1), BK, tl.int64)
     for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(K, BK))):
-        k = (tile * BK + tl.arange(0, BK)).to(tl.int64)
-        x = tl.load(x_ptr + token[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
-        w = tl.load(w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
-        if WHOLE:
+        if EVEN:
+            x = tl.load(x_at, mask=(m < M)[None, :], other=0.0)
+            w = tl.load(w_at)
+        else:
+            inside = tile * BK + tl.arange(0, BK) < K
+            x = tl.load(x_at, mask=(m < M)[None, :] & inside[:, None], other=0.0)
+            w = tl.load(w_at, mask=(n < N)[:, None] & inside[None, :], other=0.0)
+        x_at += step
+        w_at += step
+        if WHOLE and INTEGER:
+            acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+        elif WHOLE:
             acc += tl.dot(w, x)
         else:
             at = (tile * BK // block).to(tl.int64) * N + n
             acc += tl.dot(w, x).to(tl.float32) * tl.load(sw_ptr + at, mask=n < N, other=0.0)[:, None]
     if WHOLE:
         acc = acc.to(tl.float32) * tl.load(sw_ptr + n, mask=n < N, other=0.0)[:, None]
-    if PARTIAL:
-        y_ptr += tl.program_id(2).to(tl.int64) * M * N
-        tl.store(y_ptr + m[None, :] * N + n[:, None], acc, mask=(m < M)[None, :] & (n < N)[:, None])
-    else:
+    last = True
+    if SPLITS > 1:
+        acc, last = add_parts(acc, part_ptr, ticket_ptr, SPLITS)
+    if last:
         finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, token, n, M, N, True, SHIFTED, RANK)

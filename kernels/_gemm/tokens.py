@@ -46,6 +46,26 @@ def float8_e4m3(x):
 
 
 @triton.jit
+def store_row(
+    x, q_ptr, scale, zero, start, K,
+    LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, CONVERTS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Some columns of a row, rounded to the grid (LOW == HIGH: to the type they are stored in)."""
+    k = (start + tl.arange(0, SIZE)).to(tl.int64)
+    if LOW == HIGH:
+        q = x.to(q_ptr.dtype.element_ty)
+    else:
+        x = tl.minimum(tl.maximum(tl.div_rn(x, scale) + zero, LOW), HIGH)
+        if q_ptr.dtype.element_ty != tl.uint8:
+            q = (round_half_even(x) - SHIFT).to(tl.int8)
+        elif CONVERTS:
+            q = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            q = float8_e4m3(x)
+    tl.store(q_ptr + k, q, mask=k < K)
+
+
+@triton.jit
 def tokens_fwd_kernel(
     x_ptr,  # [M, K], rows x_row apart
     sign_ptr,  # [K], or anything
@@ -63,6 +83,8 @@ def tokens_fwd_kernel(
     ZERO: tl.constexpr,  # there are zero points
     STATIC: tl.constexpr,
     TABLE: tl.constexpr,  # the static range is an entry of a table
+    CONVERTS: tl.constexpr,  # the machine rounds to float8_e4m3fn
+    ONCE: tl.constexpr,  # SIZE holds a whole row, which is read once
     SIZE: tl.constexpr,  # columns at once
     STEPS: tl.constexpr,  # log2 of SIZE for a transform in blocks of it, else 0
     SIGNS: tl.constexpr,
@@ -80,9 +102,13 @@ def tokens_fwd_kernel(
                 zero = tl.load(zero_ptr + entry).to(tl.float32)
         else:
             low, high = 0.0, 0.0
-            for start in range(0, K, SIZE):
-                x = load_row(x_ptr, sign_ptr, start, K, SIZE, STEPS, SIGNS)
-                low, high = tl.minimum(low, tl.min(x, 0)), tl.maximum(high, tl.max(x, 0))
+            if ONCE:
+                whole = load_row(x_ptr, sign_ptr, 0, K, SIZE, STEPS, SIGNS)
+                low, high = tl.minimum(low, tl.min(whole, 0)), tl.maximum(high, tl.max(whole, 0))
+            else:
+                for start in range(0, K, SIZE):
+                    x = load_row(x_ptr, sign_ptr, start, K, SIZE, STEPS, SIGNS)
+                    low, high = tl.minimum(low, tl.min(x, 0)), tl.maximum(high, tl.max(x, 0))
             if ZERO:
                 scale = tl.div_rn(high - low, tl.cast(HIGH - LOW, tl.float32))
             elif LOW == 0:
@@ -96,15 +122,9 @@ def tokens_fwd_kernel(
         tl.store(s_ptr + row, scale)
         if ZERO:
             tl.store(z_ptr + row, zero - SHIFT)
-    for start in range(0, K, SIZE):
-        k = (start + tl.arange(0, SIZE)).to(tl.int64)
-        x = load_row(x_ptr, sign_ptr, start, K, SIZE, STEPS, SIGNS)
-        if LOW == HIGH:
-            q = x.to(q_ptr.dtype.element_ty)
-        else:
-            x = tl.minimum(tl.maximum(tl.div_rn(x, scale) + zero, LOW), HIGH)
-            if q_ptr.dtype.element_ty == tl.uint8:  # noqa: SIM108  two types to Triton
-                q = float8_e4m3(x)
-            else:
-                q = (round_half_even(x) - SHIFT).to(tl.int8)
-        tl.store(q_ptr + k, q, mask=k < K)
+    if ONCE and LOW != HIGH and not STATIC:
+        store_row(whole, q_ptr, scale, zero, 0, K, LOW, HIGH, SHIFT, CONVERTS, SIZE)
+    else:
+        for start in range(0, K, SIZE):
+            x = load_row(x_ptr, sign_ptr, start, K, SIZE, STEPS, SIGNS)
+            store_row(x, q_ptr, scale, zero, start, K, LOW, HIGH, SHIFT, CONVERTS, SIZE)

@@ -15,23 +15,21 @@ from hf_quant.kernels._gemm.operand import Weight
 def candidates(weight: Weight, dtype: torch.dtype, tokens: int, device: torch.device) -> Iterator[Config]:
     """What may be fastest, and fits the device's shared memory."""
     limit, processors = limits(device)
-    blocks = weight.shuffle.blocks(weight.shape)[1]
     if tokens >= 64:
         yield Config("dense")
-    BM = 16
-    while min(tokens, 128) > BM:
-        BM *= 2
+    BM = next((b for b in (8, 16, 32, 64, 128) if b >= tokens), 256)
     ways = [("vector", tokens)] if tokens in (1, 2, 4) else []
     ways += [("tensor", BM)]
-    for (way, m), BN, warps, stages in product(ways, (16, 32, 64, 128), (2, 4, 8), (2, 3, 4, 6)):
-        if 32 * warps // 2 > BN // 16 * 32:  # warps without rows of their own
+    for (way, m), BN, BK, warps, stages in product(ways, (32, 64, 128), (64, 128), (1, 2, 4, 8), (2, 3, 4)):
+        if 16 * warps > BN or 128 * 32 * warps < BN * BK:  # warps without rows of their own, rows without registers
             continue
-        config = Config("vector" if way == "vector" else "tensor", m, BN, 1, warps, stages)
+        config = Config("vector" if way == "vector" else "tensor", m, BN, BK, 1, warps, stages)
+        steps = weight.shuffle.blocks(weight.shape)[1] // config.blocks(weight, dtype.itemsize)
         if config.shared_bytes(weight, dtype.itemsize) > limit:
             continue
         tiles = -(-weight.shape[0] // BN) * -(-tokens // m)
         for splits in (1, 2, 4, 8, 16):
-            if splits == 1 or (splits <= blocks and tiles * splits <= 8 * processors):
+            if splits == 1 or (splits <= steps and tiles * splits * warps <= 32 * processors):
                 yield replace(config, splits=splits)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from hf_quant.kernels.bench import cpu, decoding, linear, operations, run, tables
+from hf_quant.kernels.bench import cpu, decoding, linear, operations, run, tables, warm
 from hf_quant.kernels.bench.contenders import CONTENDERS, Contender
 from hf_quant.kernels.bench.cpu_peers import PEERS, Peer
 from hf_quant.kernels.bench.timing import interleaved
 
-CPU = torch.device("cpu")
+CPU, OTHERS = torch.device("cpu"), {"torch", "tinygemm", "gemlite", "Marlin"}
 EARLY, LATE = time.monotonic() - 1, time.monotonic() + 1e6
 
 
@@ -89,7 +89,7 @@ def test_tables_come_from_the_json(measured: dict[str, Any]) -> None:
     assert tables.figures([]) == "On GPUs: not measured."
 
 
-@pytest.mark.parametrize(("folder", "marks"), [(2, ["memory"]), (1, ["figures", "cpu"])])
+@pytest.mark.parametrize(("folder", "marks"), [(2, ["memory", "gpu"]), (1, ["figures", "cpu"])])
 def test_readmes_have_the_figures_of_the_results(folder: int, marks: list[str]) -> None:
     text = (Path(__file__).parents[folder] / "README.md").read_text()
     assert all(f"<!-- {mark} -->" in text for mark in marks)
@@ -150,11 +150,19 @@ def test_the_test_run_tells_red_from_green(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(run, "find_spec", lambda _: None)  # in one process: what is looked at is the verdict
     (tmp_path / "kernels").mkdir()
     (tmp_path / "hf_quant").mkdir()
+    (tmp_path / "hf_quant" / "every_format_test.py").touch()
     test = tmp_path / "kernels" / "test_it.py"
     test.write_text("def test_it(): assert True")
     assert run.red(300, "not gpu") is None
     test.write_text("def test_it(): assert False")
     assert "not green" in (run.red(300, "not gpu") or "")
+
+
+def test_what_is_measured_is_compiled_before() -> None:
+    found = warm.jobs([(64, 256), (128, 256)], linear.TOKENS)
+    assert {name for name, _, _ in found} == {c.name for c in CONTENDERS if c.name.split()[0] not in OTHERS}
+    assert not any("NF4" in name and min(counts) > 4 for name, _, counts in found), "it is measured up to 4 tokens"
+    warm.run(("int-group W4 g128", (64, 256), (1, 5)), "cpu")
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from hf_quant.kernels.bench.contenders import CONTENDERS, Contender, Shape
 from hf_quant.kernels.bench.timing import Call, copies, interleaved
 
-SHAPES: tuple[Shape, ...] = ((4096, 4096), (8192, 8192), (14336, 4096))
+SHAPES: tuple[Shape, ...] = ((8192, 8192), (4096, 4096), (14336, 4096))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 
 

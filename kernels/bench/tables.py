@@ -1,8 +1,8 @@
 """The figures of the READMEs, written from JSON: `python kernels/bench/tables.py README.md kernels/README.md`.
 
-They stand between marks: `<!-- figures -->` and `<!-- /figures -->` for GPUs (`results/`), `cpu` for products on CPU
-(`cpu.json`), `memory` for resident memory (`cpu_memory.json` of examples/benchmarks). Without any JSON of a GPU they
-say that nothing was measured.
+They stand between marks: `<!-- figures -->` and `<!-- /figures -->` for GPUs (`results/`), `gpu` for a paragraph on
+GPUs, `cpu` for products on CPU (`cpu.json`), `memory` for resident memory (`cpu_memory.json` of examples/benchmarks).
+Without any JSON of a GPU they say that nothing was measured.
 """
 
 import json
@@ -45,6 +45,7 @@ def _machine(result: Mapping[str, Any]) -> list[str]:
     table = [[n, _ways(found.get((n, counts[0]))), *(_gain(found.get((n, c))) for c in counts)] for n in names]
     title = f"Times the other way, {operations['shape'][0]} x {operations['shape'][1]}; columns are tokens:\n\n"
     parts.append(title + _table(["", "", *map(str, counts)], table))
+    parts += result.get("notes", [])
     absent = result["linear"]["absent"] | operations["absent"]
     if absent:
         parts.append("Not there: " + "; ".join(f"{n} ({why})" for n, why in absent.items()) + ".")
@@ -135,6 +136,28 @@ def memory_figures(result: Mapping[str, Any]) -> str:
     )
 
 
+def gpu_figures(results: Iterable[Mapping[str, Any]]) -> str:
+    """One paragraph a machine: a 4-bit layer beside torch's and beside other libraries'; whole decoders."""
+    ours = "int-group W4 g128"
+    parts = []
+    for result in results:
+        rows = {r["tokens"]: r["microseconds"] for r in result["linear"]["rows"] if r["shape"] == [8192, 8192]}
+        speeds = result["decoding"]["tokens_per_second"]
+        others = [n for n in rows[1] if n.startswith(("Marlin", "gemlite", "tinygemm"))]
+        beside = "; ".join(
+            f"{n.split()[0]} " + " and ".join(f"{rows[t][n] / rows[t][ours]:.2f}" for t in (1, 16)) for n in others
+        )
+        decoders = " and ".join(f"{row[ours] / row['torch']:.2f} times ({name})" for name, row in speeds.items())
+        parts.append(
+            f"On an {result['machine']['device']}, a 4-bit layer (g128, 8192 x 8192) is "
+            f"{rows[1]['torch'] / rows[1][ours]:.2f} times as fast as torch's bfloat16 for 1 token and "
+            f"{rows[16]['torch'] / rows[16][ours]:.2f} times for 16.\nTimes of other 4-bit kernels over ours, "
+            f"for 1 and for 16: {beside}.\nLlama-shaped decoders in CUDA graphs run {decoders} as fast as in bfloat16 "
+            f"([kernels](kernels/README.md#figures) has the tables)."
+        )
+    return "\n\n".join(parts)
+
+
 def put(text: str, name: str, content: str) -> str:
     """The text with the content between the marks of this name, where it has them."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -147,6 +170,7 @@ def put(text: str, name: str, content: str) -> str:
 def written(text: str) -> str:
     """The text with all that was measured in its places."""
     text = put(text, "figures", figures(all_results()))
+    text = put(text, "gpu", gpu_figures(all_results()))
     text = put(text, "cpu", cpu_figures(json.loads(CPU.read_text())))
     return put(text, "memory", memory_figures(json.loads(MEMORY.read_text())))
 

@@ -63,9 +63,12 @@ class Canonical(TritonKernel):
 
     def config(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype, tokens: int) -> Config:
         """See `TritonKernel.config`."""
-        from hf_quant.kernels._gemm.quantized import eight_bit, tile_of_k
+        from hf_quant.kernels._gemm.quantized import eight_bit, tile_of_k, vendor_multiplies
 
-        return eight_bit(tokens, *layer.shape, tile_of_k(layer.weights.block_size(layer.shape)[1], layer.shape[1]))
+        block = layer.weights.block_size(layer.shape)[1]
+        if vendor_multiplies(blob[0], block, dtype, tokens):
+            return Config("vendor")
+        return eight_bit(tokens, *layer.shape, tile_of_k(block, layer.shape[1]))
 
     def fuses(self, layer: Layer) -> frozenset[str]:
         """See `Fusing.fuses`."""

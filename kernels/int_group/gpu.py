@@ -15,6 +15,7 @@ from hf_quant.kernels._gemm.operand import BLOCK, WHOLE_ROW, RangesOf, Weight, a
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.int_group.reference import dequantize, zero_codes
 
+MANY = 128  # tokens from which on integers are written out as bytes and multiplied as such
 WIDTHS = {5: 6, 7: 8}  # bits that take the room of the next ones in memory
 
 
@@ -34,7 +35,8 @@ class Triton(MainLoop):
         integers = as_integers(layer)
         words = operand(layer, "scales", kind(codes.device), integers=integers).shuffle.pack(codes)
         zeros = zero_codes(tensors, layer)
-        blob = [words, *affine_ranges(tensors["scale"], zeros, layer.shape[0], torch.float32 if integers else dtype)]
+        scale, kept, zero = tensors["scale"], torch.float32 if integers else dtype, -grid_of(layer).low
+        blob = [words, *affine_ranges(scale, zeros, layer.shape[0], kept, zero=zero)]
         if integers and layer.inputs is not None and layer.inputs.zero == "int":
             blob.append(dequantize(tensors, layer, torch.float32).sum(1))
         return blob
@@ -49,7 +51,10 @@ class Triton(MainLoop):
         if not as_integers(layer):
             return MainLoop.config(self, blob, layer, dtype, tokens)
         from hf_quant.kernels._gemm.launch import only_tensor
+        from hf_quant.kernels._gemm.quantized import eight_bit, tile_of_k
 
+        if tokens > MANY:
+            return eight_bit(tokens, *layer.shape, tile_of_k(layer.weights.block_size(layer.shape)[1], layer.shape[1]))
         weight, values = self.weight(blob, layer), blob[0].new_empty(0, dtype=torch.int8)
         return only_tensor(choose(weight, values.dtype, bucket(tokens), values.device), weight, values)
 
@@ -78,12 +83,15 @@ class Triton(MainLoop):
     ) -> Tensor:
         """See `MainLoop.product`."""
         from hf_quant.kernels._gemm.launch import matmul
+        from hf_quant.kernels._gemm.quantized import unpacked_matmul
 
         if not as_integers(layer):
             return MainLoop.product(self, x_TK, tensors, blob, layer, around, experts)
         assert layer.inputs is not None  # noqa: S101  `as_integers`
         sums, weight = blob[-1] if layer.inputs.zero == "int" else None, self.weight(blob, layer)
         x, blob = in_one_pass(x_TK, layer.inputs, tensors, around), without_sums(blob, layer)
+        if experts is None and len(x_TK) > MANY:
+            return unpacked_matmul(x, blob, weight, x_TK.dtype, row_sums=sums, low_rank=around.low_rank)
         return matmul(x, blob, weight, x_TK.dtype, low_rank=around.low_rank, row_sums=sums, experts=experts)
 
 
@@ -106,8 +114,14 @@ def as_integers(layer: Layer) -> bool:
 @cache
 def operand(layer: Layer, ranges: RangesOf, target: str, *, integers: bool = False) -> Weight:
     """The layer's weight as the main loop sees it on a machine."""
-    grid = layer.weights.grid
-    assert isinstance(grid, IntGrid)  # noqa: S101  `holds` has checked it
+    grid = grid_of(layer)
     bits, group = WIDTHS.get(grid.bits, grid.bits), layer.weights.block_size(layer.shape)[1]
     unit = 4 if integers else unit_for(target, group, layer.shape[1])
     return Weight(layer.shape, bits, group, ranges=ranges, zero=-grid.low, unit=unit)
+
+
+def grid_of(layer: Layer) -> IntGrid:
+    """The grid of the layer's codes."""
+    grid = layer.weights.grid
+    assert isinstance(grid, IntGrid)  # noqa: S101  `holds` has checked it
+    return grid

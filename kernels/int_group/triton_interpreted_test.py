@@ -1,5 +1,7 @@
 """The GPU kernel run by Triton's interpreter; kernels/_gemm/interpreter_test.py starts such tests."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,11 @@ from torch import Tensor
 
 from hf_quant.formats import Layer, format_named
 from hf_quant.grids import FloatGrid, IntGrid
+from hf_quant.kernels._gemm import launch
 from hf_quant.kernels._gemm.configs import Config, kind
 from hf_quant.kernels._gemm.launch import dequantize, matmul
 from hf_quant.kernels._gemm.operand import ranges_of
+from hf_quant.kernels.int_group.bitstream import unpack_bits
 from hf_quant.kernels.int_group.gpu import Triton, as_integers, operand
 from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest
 from hf_quant.runtime.activation import pack_input, quantize_input
@@ -63,6 +67,21 @@ def test_one_hot_is_the_weight(spec: Spec, N: int, K: int, dtype: torch.dtype, c
     one_hot = torch.eye(K, dtype=dtype)[tokens]
     assert torch.equal(matmul(one_hot, blob, weight, dtype, config=config), q.dequantize(dtype).T[tokens])
     assert torch.equal(dequantize(blob, weight, dtype), q.dequantize(dtype))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [16, 32, 64, -1])
+def test_small_tiles_on_hopper(bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words that lie for one instruction, multiplied by another: the tokens' columns change places instead."""
+    monkeypatch.setattr(launch, "kind", lambda _: "sm_90")
+    N, K, config = 40, 512, Config("tensor", BM=8, BN=32, BK=128, splits=2, num_warps=1)
+    q, tensors, layer = quantized(N, K, int_spec(bits, group))
+    blob = Triton().prepare(tensors, layer, torch.float16)
+    weight = replace(operand(layer, ranges_of(blob), TARGET), unit=2)
+    blob[0] = weight.shuffle.pack(unpack_bits(tensors["qweight"], bits, K))
+    assert launch.instruction(config, weight, torch.float16, "sm_90")["FRAGMENT"] != weight.unit
+    one_hot = torch.eye(K, dtype=torch.float16)[::7]
+    assert torch.equal(matmul(one_hot, blob, weight, torch.float16, config=config), q.dequantize(torch.float16).T[::7])
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -86,7 +86,9 @@ def table_operand(layer: Layer, target: str) -> Weight:
     assert isinstance(grid, TableGrid)  # noqa: S101  `holds` has checked it
     if grid != E2M1:
         return Weight(layer.shape, WIDTHS.get(grid.code_bits, grid.code_bits), group, "levels", unit=unit)
-    return Weight(layer.shape, 4, group, "float4", BYTES.get(layer.weights.scale, "scales"), unit=unit)
+    ranges: RangesOf = BYTES.get(layer.weights.scale, "scales")
+    decode = "mxfp4" if ranges == "powers" and not layer.weights.tensor_scale else "float4"
+    return Weight(layer.shape, 4, group, decode, ranges, unit=unit)
 
 
 @cache
