@@ -81,7 +81,8 @@ def shipped() -> dict[str, dict[str, Config]]:
 def key(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
     """What a configuration is tuned for."""
     (N, K), name = weight.shape, str(dtype).removeprefix("torch.")
-    return f"{weight.decode}{weight.bits} {name} {N}x{K} group {weight.group} tokens {bucket(tokens)}"
+    stored = f"{weight.decode}{weight.bits} {weight.ranges}"
+    return f"{stored} {name} {N}x{K} group {weight.group} tokens {bucket(tokens)}"
 
 
 @cache
@@ -129,24 +130,21 @@ def fit(config: Config, weight: Weight, itemsize: int, target: str, limit: int) 
             return weights > 32 * threads
         return (weights if table else weights // 2) + config.BN * config.BM > 160 * threads
 
-    while config.way != "dense" and crowded(config):
+    def smaller(config: Config, tokens: int) -> Config | None:
+        """Fewer columns, then fewer tokens but not below so many, then fewer outputs; None: no more."""
         if config.blocks(weight, itemsize) > 1:
-            config = replace(config, BK=columns(config) // 2)
-        elif config.BM > 32:
-            config = replace(config, BM=config.BM // 2)
-        elif config.BN > 16:
-            config = replace(config, BN=config.BN // 2)
-        else:
-            break
+            return replace(config, BK=columns(config) // 2)
+        if tokens < config.BM:
+            return replace(config, BM=config.BM // 2)
+        return replace(config, BN=config.BN // 2) if config.BN > 16 else None
+
+    while config.way != "dense" and crowded(config) and (less := smaller(config, 32)):
+        config = less
     while shared(config) > limit:
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
-        elif config.blocks(weight, itemsize) > 1:
-            config = replace(config, BK=columns(config) // 2)
-        elif config.BM > 16:
-            config = replace(config, BM=config.BM // 2)
-        elif config.BN > 16:
-            config = replace(config, BN=config.BN // 2)
+        elif less := smaller(config, 16):
+            config = less
         else:
             break
     return config
