@@ -11,7 +11,6 @@ import importlib
 import inspect
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -40,7 +39,6 @@ from hf_quant.testing.subjects import SUBJECTS, Subject
 
 Check = Callable[[Method, Path], None]
 
-SECONDS = 2.0  # of CPU, for the tiny model: a method that needs more on 100 thousand weights is no use on billions
 BRIEF = {"steps": 8, "iterations": 8, "iters": 8, "epochs": 1, "ranges": 8, "rank": 2}  # contracts, not quality
 IMPOSSIBLE: dict[str, tuple[Any, ...]] = {
     "bits": (0, 9, -3, 2.5, "4"),
@@ -212,7 +210,7 @@ def runs_saves_and_loads_at(method: Method, folder: Path, stranger: Stranger) ->
 
 
 def killed_and_resumed(method: Method, subject: Subject, run_dir: Path, expected: Tensor) -> None:
-    """Killed after its first block it goes on from there, to the same bits; in a time that lets it scale."""
+    """Killed after its first block it goes on from there, to the same bits."""
     save, load, resumed = RunDir.save, RunDir.load, []
 
     def save_and_die(self: RunDir, *given: Any) -> None:  # noqa: ANN401
@@ -224,16 +222,13 @@ def killed_and_resumed(method: Method, subject: Subject, run_dir: Path, expected
         resumed.append(found is not None)
         return found
 
-    started = time.process_time()
     with patch.object(RunDir, "save", save_and_die), suppress(_KilledError):
         quantized(method, subject, run_dir=run_dir)
         raise AssertionError("it never kept a finished block in its run directory")
     with patch.object(RunDir, "load", load_and_tell):
         model, _ = quantized(method, subject, run_dir=run_dir)
-    seconds = time.process_time() - started
     assert any(resumed), "the finished block was computed again"
     assert subject.output(model).equal(expected), "another run, or a resumed one, gives another model"
-    assert seconds < SECONDS * torch.get_num_threads(), f"{seconds:.1f} s of CPU for a tiny model"
 
 
 def _saved_names(model: nn.Module) -> set[str]:

@@ -65,7 +65,7 @@ def test_every_kernel_groups(format_id: str, name: str) -> None:
     fmt, kernel = format_named(format_id), kernel_named(format_id, name)
     assert isinstance(kernel, TritonKernel)
 
-    @settings(max_examples=20, deadline=None, derandomize=True)
+    @settings(max_examples=10, deadline=None, derandomize=True)
     @given(
         st.sampled_from([x for x in taken(format_id, name) if x.inputs is None or not x.inputs.stored]),
         st.sampled_from(DTYPES),
@@ -96,7 +96,7 @@ def test_dense_is_the_weight(format_id: str, name: str) -> None:
     fmt, kernel = format_named(format_id), kernel_named(format_id, name)
     assert isinstance(kernel, TritonKernel)
 
-    @settings(max_examples=20, deadline=None, derandomize=True)
+    @settings(max_examples=10, deadline=None, derandomize=True)
     @given(st.sampled_from(taken(format_id, name)), st.sampled_from(DTYPES), st.integers(0, 9))
     def run(layer: Layer, dtype: torch.dtype, seed: int) -> None:
         q, x_TK = make(layer, seed)

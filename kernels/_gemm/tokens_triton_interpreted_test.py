@@ -74,7 +74,7 @@ def test_the_range_of_a_step_is_looked_up() -> None:
         assert torch.equal(found.scale, scale[step])
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     st.sampled_from((1, 2, 8, 64, 256)), st.integers(1, 3), st.integers(0, 3), st.sampled_from(DTYPES), st.booleans()
 )
@@ -98,7 +98,7 @@ def test_hadamard(size: int, blocks: int, M: int, dtype: torch.dtype, signed: bo
         torch.testing.assert_close(fused.scale[:, None], apart.scale, rtol=1e-5, atol=0)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.sampled_from((0, 1, 5, 20)),
     st.integers(1, 70),

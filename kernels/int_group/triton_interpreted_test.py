@@ -56,7 +56,7 @@ specs = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(specs, st.integers(1, 40), st.integers(1, 300), st.sampled_from(DTYPES), st.sampled_from(WAYS))
 def test_one_hot_is_the_weight(spec: Spec, N: int, K: int, dtype: torch.dtype, config: Config) -> None:
     """One-hot tokens print the decoded weights: the bits of the reference, whichever way runs."""
@@ -84,7 +84,7 @@ def test_small_tiles_on_hopper(bits: int, group: int, monkeypatch: pytest.Monkey
     assert torch.equal(matmul(one_hot, blob, weight, torch.float16, config=config), q.dequantize(torch.float16).T[::7])
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     specs,
     st.sampled_from((0, 1, 3, 17, 70)),
