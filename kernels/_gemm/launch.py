@@ -157,7 +157,7 @@ def constants(weight: Weight, dtype: torch.dtype, blocks: int, BN: int, backend:
         "PLANES": shuffle.planes,
         "RANGES": getattr(decode, weight.ranges),
         "SPAN": BLOCK if weight.span == WHOLE_ROW else weight.span,
-        "GROUP": 1 << 30 if weight.span == WHOLE_ROW else weight.group,
+        "GROUP": 1 << 28 if weight.span == WHOLE_ROW else weight.group,  # four of them are an int32
         "ZERO": weight.zero,
         "UNIT": weight.unit,
         "PTX": weight.ptx(dtype, backend),
