@@ -5,12 +5,12 @@ from functools import cache
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels._cpu import layout, native
+from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.runtime.activation import fake_quantize, quantize_input, timed
 from hf_quant.spec import Spec
 
@@ -37,17 +37,17 @@ class NativeKernel(ABC):
         """Inverse of `codes`."""
 
     @abstractmethod
-    def ranges(self, tensors: Tensors, layer: Layer) -> tuple[Tensor, Tensor | None]:
-        """(scales, zero points in codes where they may be others than the middle one), float32 `[N or 1, G]` each."""
+    def ranges(self, tensors: Tensors, layer: Layer) -> tuple[Tensor | None, Tensor | None]:
+        """(scales, zero points in codes), float32 `[N or 1, G]`; None: all are 1, or the middle one."""
 
-    def kind(self, layer: Layer) -> native.Kind:
+    def kind(self, layer: Layer) -> Kind:
         """How its codes meet tokens."""
         if integer_tokens(layer.inputs):
             return "integers4" if layer.weights.grid.bits <= 4 else "integers8"
         return "levels4" if layer.weights.grid.bits <= 4 else "bytes8"
 
-    def values(self, layer: Layer) -> Tensor:
-        """What codes stand for where a table says so."""
+    def values(self, tensors: Tensors, layer: Layer) -> Tensor:
+        """What codes stand for where a table says so: `[16 or 256]`, or `[N or 1, G, 16]`."""
         return torch.arange(16.0) - self.middle(layer)
 
     def middle(self, layer: Layer) -> int:
@@ -65,8 +65,9 @@ class NativeKernel(ABC):
         if dtype not in kinds:
             return f"fast in {' and '.join(str(k).removeprefix('torch.') for k in kinds)} only, not {dtype}"
         group, K = layer.weights.block_size(layer.shape)[1], layer.shape[1]
-        if group < K and group % layout.INPUTS:
-            return f"needs groups in multiples of {layout.INPUTS} inputs, not of {group}"
+        inputs = layout.block(self.kind(layer))[1]
+        if group < K and group % inputs:
+            return f"needs groups in multiples of {inputs} inputs, not of {group}"
         if integers and K > LONGEST_SUM:
             return f"sums of more than {LONGEST_SUM} products can overflow, and there are {K} inputs"
         return native.why_not()
@@ -74,27 +75,29 @@ class NativeKernel(ABC):
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
         """See `native.multiply`."""
         (N, K), kind = layer.shape, self.kind(layer)
-        bits, integers = int(kind[-1]), kind.startswith("integers")
-        words = torch.empty(-(-N // layout.OUTPUTS), -(-K // layout.INPUTS), 16 * bits, dtype=torch.uint8)
-        step = max(1, SLICE // (K * layout.OUTPUTS))
-        for first in range(0, len(words), step):  # whole matrices of codes would leave holes in the heap
-            rows = slice(first * layout.OUTPUTS, (first + step) * layout.OUTPUTS)
-            codes = self.codes(tensors["qweight"][rows], layer)
+        integers, (outputs, inputs), down = kind.startswith("integers"), layout.block(kind), _rounded(N)
+        words = torch.empty(down // outputs, -(-K // inputs), outputs * inputs * int(kind[-1]) // 8, dtype=torch.uint8)
+        step = _rounded(max(1, SLICE // K))
+        for first in range(0, N, step):  # whole matrices of codes would leave holes in the heap
+            codes = self.codes(tensors["qweight"][first : first + step], layer)
             codes = codes - self.middle(layer) if kind == "bytes8" else codes
-            words[first : first + step] = layout.pack(codes, bits, integers=integers)
+            words[first // outputs : (first + step) // outputs] = layout.pack(codes, kind)
         scale, zero = self.ranges(tensors, layer)
+        scale = torch.empty(0) if scale is None else scale
         shift = torch.empty(0) if zero is None else self.middle(layer) - zero
         table = sums = torch.empty(0)
         if integers and layer.inputs is not None and layer.inputs.zero != "none":
             sums = self._sums(tensors, layer, scale, shift)
-        if kind in ("levels4", "floats4", "levels8"):
-            table = native.table(self.values(layer), kind)
+        if kind == "rows4":
+            table = native.table(_by_group(self.values(tensors, layer), N), kind)
+        elif kind in ("levels4", "floats4", "levels8"):
+            table = native.table(self.values(tensors, layer), kind)
         shift = _by_group(shift, N) if bool(shift.any()) else torch.empty(0)
-        return [words, _by_group(scale, N), shift, table, sums]
+        return [words, _by_group(scale, N) if scale.numel() else scale, shift, table, sums]
 
     def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
         """See `Restoring.restore`."""
-        step = max(1, SLICE // (layer.shape[1] * layout.OUTPUTS))
+        step = _rounded(max(1, SLICE // layer.shape[1])) // layout.block(self.kind(layer))[0]
         parts = [self.stored(self.unpacked(part, layer), layer) for part in blob[0].split(step)]
         return {"qweight": torch.cat(parts)[: layer.shape[0]].contiguous()}
 
@@ -119,14 +122,14 @@ class NativeKernel(ABC):
     def unpacked(self, words: Tensor, layer: Layer) -> Tensor:
         """Some of the blob's words -> codes, at most K columns."""
         kind = self.kind(layer)
-        codes = layout.unpack(words, int(kind[-1]), integers=kind.startswith("integers"))
+        codes = layout.unpack(words, kind)
         codes = codes + self.middle(layer) if kind == "bytes8" else codes
         return codes if codes.shape[1] < layer.shape[1] else codes[:, : layer.shape[1]]
 
     def _sums(self, tensors: Tensors, layer: Layer, scale: Tensor, shift: Tensor) -> Tensor:
         """Of the dequantized rows, float32 `[N']`."""
         (N, K), group = layer.shape, layer.weights.block_size(layer.shape)[1]
-        found, index = torch.zeros(-(-N // layout.OUTPUTS) * layout.OUTPUTS), torch.arange(K) // group
+        found, index = torch.zeros(_rounded(N)), torch.arange(K) // group
         for first in range(0, N, step := max(1, SLICE // K)):
             rows = slice(first, min(first + step, N))
             W = self.codes(tensors["qweight"][rows], layer).float() - self.middle(layer)
@@ -136,8 +139,13 @@ class NativeKernel(ABC):
         return found
 
 
+def _rounded(N: int) -> int:
+    """The outputs that blocks have."""
+    return -(-N // layout.OUTPUTS) * layout.OUTPUTS
+
+
 @cache
-def _facts(kernel: NativeKernel, key: str) -> tuple[native.Kind, int, int]:
+def _facts(kernel: NativeKernel, key: str) -> tuple[Kind, int, int]:
     """(kind, columns of a group, the middle code): a call should not ask for them again."""
     layer = Layer.from_key(key)
     group = layer.weights.block_size(layer.shape)[1]
@@ -167,7 +175,9 @@ def as_integers(x_TK: Tensor, spec: Spec, tensors: Tensors) -> native.Tokens:
 
 
 def _by_group(blocks: Tensor, N: int) -> Tensor:
-    """`[N or 1, G]` -> `[G, N']`, in bfloat16 where that holds every value."""
-    padded = F.pad(blocks.expand(N, -1).T, (0, -N % layout.OUTPUTS)).contiguous()
+    """`[N or 1, G, ...]` -> `[G, N', ...]`, in bfloat16 where that holds every value."""
+    own = blocks.expand(N, *blocks.shape[1:]).transpose(0, 1)
+    padded = own.new_zeros(len(own), _rounded(N), *own.shape[2:])
+    padded[:, :N] = own
     narrow = padded.bfloat16()
     return narrow if torch.equal(narrow.float(), padded) else padded.float()

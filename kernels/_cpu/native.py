@@ -11,21 +11,19 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hf_quant.kernels._cpu.layout import KINDS, Kind, block
+
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-w")
-# How codes meet tokens: a table of 16 values in bfloat16, or of values that are none; one of 256; signed bytes; or the
-# codes themselves, with integer tokens.
-Kind = Literal["levels4", "floats4", "levels8", "bytes8", "integers4", "integers8"]
-KINDS: tuple[Kind, ...] = ("levels4", "floats4", "levels8", "bytes8", "integers4", "integers8")
+SOURCES = ("product.cpp", "tokens.h", "operands.h", "vectors.h")
 MACHINE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma")
 
 
 class Product(ctypes.Structure):
-    """`Product` of product.cpp."""
+    """`Product` of vectors.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("w", "table", "s", "d", "rows", "sx", "zx", "y")),
@@ -69,13 +67,14 @@ def library() -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("there is no C++ compiler: neither $CXX, g++ nor clang++")
-    source = files(__package__).joinpath("product.cpp").read_bytes()
-    stamp = hashlib.sha256(source + " ".join((compiler, *FLAGS, *MACHINE)).encode()).hexdigest()[:16]
+    sources = {name: files(__package__).joinpath(name).read_bytes() for name in SOURCES}
+    flags = " ".join((compiler, *FLAGS, *MACHINE)).encode()
+    stamp = hashlib.sha256(b"".join(sources.values()) + flags).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_quant" / "cpu"
     made = folder / f"product-{stamp}.so"
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, source, made)
+        _compile(compiler, sources, made)
     found = ctypes.CDLL(str(made))
     found.hf_quant_product.argtypes = [ctypes.POINTER(Product), *_types("pli")]
     found.hf_quant_tokens.argtypes = _types("pilliiiipppi")
@@ -87,11 +86,12 @@ def _types(letters: str) -> list[type]:
     return [{"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}[letter] for letter in letters]
 
 
-def _compile(compiler: str, source: bytes, made: Path) -> None:
+def _compile(compiler: str, sources: dict[str, bytes], made: Path) -> None:
     """Two steps, so that OpenMP's symbols stay open: they are found in torch's own runtime, and threads are shared."""
     with tempfile.TemporaryDirectory(dir=made.parent) as work:
         text, binary, whole = (Path(work) / name for name in ("product.cpp", "product.o", "product.so"))
-        text.write_bytes(source)
+        for name, source in sources.items():
+            (Path(work) / name).write_bytes(source)
         for step in ((*FLAGS, *MACHINE, "-c", text, "-o", binary), ("-shared", binary, "-o", whole)):
             subprocess.run([compiler, *map(str, step)], check=True, capture_output=True, timeout=300)
         whole.replace(made)
@@ -111,11 +111,11 @@ def multiply(
     Args:
         x: bfloat16 `[M, K]`, or integers.
         blob: words of `layout.pack`; scales and shifts `[G, N']` (N' is N up to a multiple of 16; bfloat16 or float32;
-            shifts may be empty); the table of `table`, or empty; sums of the dequantized rows float32 `[N']`, for
+            both may be empty); what `table` gives, or empty; sums of the dequantized rows float32 `[N']`, for
             tokens with zero points.
         N: outputs.
         kind: of codes and tokens.
-        group: columns that share a scale, a multiple of 8, or all.
+        group: columns that share a scale or a table, whole blocks, or all.
         middle: for integers, the code that a shift of 0 takes for zero.
         dtype: of the result.
     """
@@ -126,7 +126,7 @@ def multiply(
     if M == 0:
         return y_MN
     sx, zx = (x.scale.data_ptr(), x.zero) if isinstance(x, Tokens) else (None, None)
-    width = words.shape[1] * 8
+    width = words.shape[1] * block(kind)[1]
     product = Product(
         words.data_ptr(),
         table.data_ptr(),
@@ -151,8 +151,8 @@ def multiply(
 
 
 def table(values: Tensor, kind: Kind) -> Tensor:
-    """What codes stand for, float32 `[16 or 256]`, as the product reads it: bytes."""
-    if kind == "levels8":
+    """What codes stand for, float32 `[16 or 256]`, or `[G, N', 16]` for rows, as the product reads it: bytes."""
+    if kind in ("levels8", "rows4"):
         return values.bfloat16().view(torch.uint8)
     high = values.repeat(2).bfloat16()  # a lookup reads five bits
     if kind == "levels4":

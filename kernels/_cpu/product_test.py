@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_quant.kernels._cpu import layout, native
 from hf_quant.kernels._cpu.kernel import as_integers, integer_tokens
+from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.runtime.activation import quantize_input
 from hf_quant.spec import act_spec
 
@@ -20,14 +21,15 @@ def drawn(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("integers", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape", [(1, 1), (16, 8), (37, 100)])
-def test_unpacking_is_the_inverse_of_packing(bits: int, integers: bool, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kind", layout.KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 8), (37, 100), (33, 300)])
+def test_unpacking_is_the_inverse_of_packing(kind: Kind, shape: tuple[int, int]) -> None:
+    bits, (outputs, inputs) = int(kind[-1]), layout.block(kind)
     codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    words = layout.pack(codes, bits, integers=integers)
-    assert words.shape == (-(-shape[0] // 16), -(-shape[1] // 8), 16 * bits)
-    found = layout.unpack(words, bits, integers=integers)
+    words = layout.pack(codes, kind)
+    down = -(-shape[0] // 16) * 16 // outputs
+    assert words.shape == (down, -(-shape[1] // inputs), outputs * inputs * bits // 8)
+    found = layout.unpack(words, kind)
     assert torch.equal(found[: shape[0], : shape[1]], codes)
     assert not found[shape[0] :].any()
     assert not found[:, shape[1] :].any()
@@ -37,36 +39,46 @@ def test_golden_bytes() -> None:
     """The layouts as they are described: inputs 0 .. 7 of output 3."""
     codes = torch.zeros(16, 8, dtype=torch.uint8)
     codes[3] = torch.arange(1, 9)
-    assert layout.pack(codes, 4, integers=False)[0, 0, 12:16].tolist() == [0x31, 0x75, 0x42, 0x86]
-    assert layout.pack(codes, 4, integers=True)[0, 0, 12:16].tolist() == [0x51, 0x62, 0x73, 0x84]
-    assert layout.pack(codes, 8, integers=False)[0, 0, 6:128:32].tolist() == [1, 3, 5, 7]
-    assert layout.pack(codes, 8, integers=True)[0, 0, [12, 13, 14, 15, 76]].tolist() == [1, 2, 3, 4, 5]
+    assert layout.pack(codes, "levels4")[0, 0, 12:16].tolist() == [0x31, 0x75, 0x42, 0x86]
+    assert layout.pack(codes, "integers4")[0, 0, 12:16].tolist() == [0x51, 0x62, 0x73, 0x84]
+    assert layout.pack(codes, "bytes8")[0, 0, 6:128:32].tolist() == [1, 3, 5, 7]
+    assert layout.pack(codes, "integers8")[0, 0, [12, 13, 14, 15, 76]].tolist() == [1, 2, 3, 4, 5]
+    codes = torch.zeros(16, 128, dtype=torch.uint8)
+    codes[3, 5::32] = torch.tensor([1, 2, 3, 4])
+    assert layout.pack(codes, "rows4")[0, 0, 3 * 64 + 10 : 3 * 64 + 12].tolist() == [0x21, 0x43]
 
 
-SHIFTED: tuple[native.Kind, ...] = ("levels4", "bytes8", "integers4", "integers8")  # other tables have no zero points
+SHIFTED: tuple[Kind, ...] = ("levels4", "bytes8", "integers4", "integers8")  # other tables have no zero points
 TABLES = {"levels4": torch.arange(16.0) - 8, "floats4": drawn(16), "levels8": drawn(256).bfloat16().float()}
 
 
 @needs_it
-@pytest.mark.parametrize(("kind", "shifted"), [*((k, False) for k in native.KINDS), *((k, True) for k in SHIFTED)])
-def test_products(kind: native.Kind, shifted: bool) -> None:
+@pytest.mark.parametrize(("kind", "shifted"), [*((k, False) for k in layout.KINDS), *((k, True) for k in SHIFTED)])
+def test_products(kind: Kind, shifted: bool) -> None:
     """Every number of tokens that has a way of its own, ragged shapes, groups of one block and of all columns."""
     integers, bits = kind.startswith("integers"), int(kind[-1])
     middle = 1 << (bits - 1)
+    small = 128 if kind == "rows4" else 8
     for N, K, group in ((1, 1, 8), (37, 100, 1 << 40), (48, 192, 64), (100, 520, 8), (70, 1040, 520)):
+        group = 1 << 40 if group >= K else -(-group // small) * small
         codes = torch.randint(0, 1 << bits, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(K))
-        values = TABLES[kind][codes.int()] if kind in TABLES else codes.float() - middle
         G, rows = -(-K // group), -(-N // 16) * 16
         scale, shift = drawn(G, rows).abs() + 0.1, drawn(G, rows).mul(3).round() * shifted
         of = torch.arange(K) // group
+        table = TABLES.get(kind)
+        if kind == "rows4":
+            table, scale = drawn(G, rows, 16).bfloat16().float(), torch.ones(G, rows)
+            values = table[of, torch.arange(N)[:, None], codes.int()]
+        else:
+            values = codes.float() - middle if table is None else table[codes.int()]
         W_NK = ((values.double() + shift.double()[of, :N].T) * scale.double()[of, :N].T).double()
         zero = drawn(530).mul(9).round() if integers and shifted else None
         stored = codes - middle if kind == "bytes8" else codes
         blob = [
-            layout.pack(stored, bits, integers=integers),
-            scale,
+            layout.pack(stored, kind),
+            torch.empty(0) if kind == "rows4" else scale,
             shift if shifted else torch.empty(0),
-            native.table(TABLES[kind], kind) if kind in TABLES else torch.empty(0),
+            torch.empty(0) if table is None else native.table(table, kind),
             torch.nn.functional.pad(W_NK.sum(1).float(), (0, rows - N)) if zero is not None else torch.empty(0),
         ]
         for M in (0, 1, 2, 3, 7, 9, 41, *((530,) if K == 100 else ())):
@@ -107,7 +119,7 @@ def test_tokens_are_quantized_as_they_are_elsewhere(spec: object, dtype: torch.d
 def test_threads_share_the_work_and_give_the_same() -> None:
     codes = torch.randint(0, 16, (500, 256), dtype=torch.uint8)
     blob = [
-        layout.pack(codes, 4, integers=False),
+        layout.pack(codes, "levels4"),
         torch.ones(1, 512),
         torch.empty(0),
         native.table(TABLES["levels4"], "levels4"),

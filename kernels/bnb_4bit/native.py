@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
-from hf_quant.kernels._cpu import native
 from hf_quant.kernels._cpu.kernel import NativeKernel
+from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.kernels.bnb_4bit.scales import block_scales
 
 
@@ -21,7 +21,7 @@ class Native(NativeKernel):
         """See `NativeKernel.takes`."""
         return None
 
-    def kind(self, layer: Layer) -> native.Kind:
+    def kind(self, layer: Layer) -> Kind:
         """See `NativeKernel.kind`."""
         return "floats4"
 
@@ -29,7 +29,7 @@ class Native(NativeKernel):
         """None: codes stand for what the table says."""
         return 0
 
-    def values(self, layer: Layer) -> Tensor:
+    def values(self, tensors: Tensors, layer: Layer) -> Tensor:
         """See `NativeKernel.values`."""
         return torch.tensor(self.levels)
 

@@ -40,11 +40,11 @@ class Native(NativeKernel):
         """See `Differentiating.gradient`: some whole groups of columns dequantized at a time."""
         (N, K), group = layer.shape, layer.weights.block_size(layer.shape)[1]
         scale, zero = (t.expand(N, -1) for t in self.ranges(tensors, layer))
-        grad_TK = grad_TN.new_empty(grad_TN.shape[0], K)
+        grad_TK, inputs = grad_TN.new_empty(grad_TN.shape[0], K), layout.block(self.kind(layer))[1]
         step = max(1, SLICE // max(1, N * group)) * group if group < K else max(8, SLICE // N // 8 * 8)
         for first in range(0, K, step):
             columns = slice(first, min(first + step, K))
-            blocks = blob[0][:, first // layout.INPUTS : -(-columns.stop // layout.INPUTS)]
+            blocks = blob[0][:, first // inputs : -(-columns.stop // inputs)]
             W = self.unpacked(blocks, layer)[:N, : columns.stop - first].float()
             index = torch.arange(first, columns.stop) // group
             W = W.sub_(zero[:, index]).mul_(scale[:, index])

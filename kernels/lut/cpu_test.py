@@ -12,6 +12,7 @@ from hf_quant.kernels.lut.cpu import CodebookCpu, TableCpu
 from hf_quant.runtime.packed import refit
 from hf_quant.spec import Spec
 
+needs_it = pytest.mark.skipif(native.why_not() is not None, reason=f"no native product: {native.why_not()}")
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 FLOAT32, E8M0, E4M3_SCALE = FloatGrid("float32"), FloatGrid("float8_e8m0fnu"), FloatGrid("float8_e4m3fn")
 TABLES: dict[str, Spec] = {
@@ -34,8 +35,8 @@ TABLES: dict[str, Spec] = {
 }
 
 
-def decoded(spec: Spec, shape: tuple[int, int], name: str) -> None:
-    """One-hot inputs print the weight; the rest of a random product is torch's."""
+def decoded(spec: Spec, shape: tuple[int, int], name: str, tokens: int = 1 << 20) -> None:
+    """One-hot inputs, so many at a time, print the weight; the rest of a random product is torch's."""
     W_NK = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     layer = Layer(shape, spec)
     fmt = next(f for f in map(format_named, ("float8/1", "lut-group/1", "codebook-group/1")) if f.holds(layer) is None)
@@ -43,7 +44,8 @@ def decoded(spec: Spec, shape: tuple[int, int], name: str) -> None:
     kernel = next(k for k in fmt.kernels if k.name == name)
     assert kernel.supports(layer, CPU, BF16) is None
     blob = kernel.prepare(tensors, layer, BF16)
-    y_KN = kernel.run(torch.eye(shape[1], dtype=BF16), tensors, blob, layer)
+    probes = torch.eye(shape[1], dtype=BF16).split(tokens)
+    y_KN = torch.cat([kernel.run(x_TK, tensors, blob, layer) for x_TK in probes])
     assert torch.equal(y_KN.T, fmt.weight(tensors, layer, BF16))
     assert kernel.run(torch.empty(0, shape[1], dtype=BF16), tensors, blob, layer).shape == (0, shape[0])
 
@@ -56,7 +58,7 @@ def test_tables(name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPat
     decoded(TABLES[name], shape, TableCpu.name)
 
 
-@pytest.mark.skipif(native.why_not() is not None, reason=f"no native product: {native.why_not()}")
+@needs_it
 @pytest.mark.parametrize("name", [name for name, spec in TABLES.items() if not spec.tensor_scale])
 def test_tables_in_registers(name: str) -> None:
     """The scale of the tensor joins that of the block first, which may round once more than the reference."""
@@ -69,6 +71,20 @@ def test_codebooks(bits: int, block: tuple[int, int], monkeypatch: pytest.Monkey
     monkeypatch.setattr("hf_quant.kernels.lut.cpu.DECODED", 5 * 192)
     monkeypatch.setattr("hf_quant.kernels.lut.cpu.MULTIPLIED", 20 * 192)
     decoded(Spec(grid=CodebookGrid(bits), block=block), (48, 192), CodebookCpu.name)
+
+
+@needs_it
+@pytest.mark.parametrize("tokens", [1, 7, 192])
+@pytest.mark.parametrize(
+    ("bits", "block", "levels"),
+    [(4, (1, -1), "float16"), (3, (1, 128), "float32"), (2, (5, 128), "bfloat16"), (1, (-1, -1), "float16")],
+)
+def test_codebooks_in_registers(bits: int, block: tuple[int, int], levels: str, tokens: int) -> None:
+    """Levels are rounded as the reference rounds them, whatever the number of tokens."""
+    spec = Spec(grid=CodebookGrid(bits), block=block, scale=FloatGrid(levels))
+    for shape in ((48, 256), (21, 300)):
+        if shape[1] % 128 == 0 or block[1] == -1:
+            decoded(spec, shape, NativeKernel.name, tokens)
 
 
 def test_a_table_is_one_for_all_layers_with_the_grid() -> None:

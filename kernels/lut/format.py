@@ -9,7 +9,7 @@ from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits, words
 from hf_quant.kernels.lut.cpu import CodebookCpu, TableCpu
 from hf_quant.kernels.lut.decode import table_grid, unpack
 from hf_quant.kernels.lut.gpu import CodebookTriton, Triton
-from hf_quant.kernels.lut.native import Native
+from hf_quant.kernels.lut.native import CodebookNative, Native
 from hf_quant.kernels.lut.rotated import RotatedInput
 from hf_quant.kernels.lut.scales import Layout, check_scales, pack_scales, refuses, scale_layout
 from hf_quant.qtensor import QTensor
@@ -83,7 +83,7 @@ class CodebookGroup(PackedFormat):
     """
 
     id = "codebook-group/1"
-    kernels: tuple[Kernel, ...] = (CodebookCpu(), CodebookTriton())
+    kernels: tuple[Kernel, ...] = (CodebookNative(), CodebookCpu(), CodebookTriton())
 
     def holds(self, layer: Layer) -> str | None:
         """Stored codebooks of a float type of at least two bytes, blocks of any shape."""

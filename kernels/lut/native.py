@@ -1,4 +1,4 @@
-"""The C++ kernels of `lut-group/1` and `float8/1` on CPU: tables looked up in registers."""
+"""The C++ kernels of `lut-group/1`, `codebook-group/1` and `float8/1` on CPU: tables looked up in registers."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
-from hf_quant.grids import E4M3
-from hf_quant.kernels._cpu import native
+from hf_quant.grids import E4M3, CodebookGrid
 from hf_quant.kernels._cpu.kernel import NativeKernel
+from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.kernels._gemm.kernel import by_row
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.lut.decode import table_grid
@@ -31,7 +31,7 @@ class Native(NativeKernel):
             return f"codes of {grid.code_bits} bits stand for values that bfloat16 does not hold"
         return None
 
-    def kind(self, layer: Layer) -> native.Kind:
+    def kind(self, layer: Layer) -> Kind:
         """See `NativeKernel.kind`: tokens of 16 bits, rounded before where the layer rounds them."""
         if table_grid(layer).code_bits > 4:
             return "levels8"
@@ -41,7 +41,7 @@ class Native(NativeKernel):
         """None: codes stand for what the table says."""
         return 0
 
-    def values(self, layer: Layer) -> Tensor:
+    def values(self, tensors: Tensors, layer: Layer) -> Tensor:
         """See `NativeKernel.values`."""
         table = table_grid(layer).table().flatten()
         return F.pad(table, (0, (256 if table_grid(layer).code_bits > 4 else 16) - len(table)))
@@ -71,6 +71,47 @@ class Float8Native(Native):
     def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
         """See `NativeKernel.stored`."""
         return codes_NK.view(torch.float8_e4m3fn if layer.weights.grid == E4M3 else torch.float8_e5m2)
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookNative(NativeKernel):
+    """`codebook[block, code]` of up to 16 levels, each rounded to bfloat16 as the reference rounds it."""
+
+    def takes(self, layer: Layer) -> str | None:
+        """See `NativeKernel.takes`."""
+        bits = layer.weights.grid.bits
+        return None if bits <= 4 else f"codes of {bits:g} bits: a row has more levels than one lookup takes"
+
+    def kind(self, layer: Layer) -> Kind:
+        """See `NativeKernel.kind`."""
+        return "rows4"
+
+    def middle(self, layer: Layer) -> int:
+        """None: codes stand for what the codebook says."""
+        return 0
+
+    def values(self, tensors: Tensors, layer: Layer) -> Tensor:
+        """See `NativeKernel.values`."""
+        levels = tensors["codebook"].float().unflatten(1, (-1, 1 << _bits(layer)))
+        return by_row(F.pad(levels, (0, 16 - levels.shape[-1])), layer)
+
+    def codes(self, qweight: Tensor, layer: Layer) -> Tensor:
+        """See `NativeKernel.codes`."""
+        return unpack_bits(qweight, _bits(layer), layer.shape[1])
+
+    def stored(self, codes_NK: Tensor, layer: Layer) -> Tensor:
+        """See `NativeKernel.stored`."""
+        return pack_bits(codes_NK, _bits(layer))
+
+    def ranges(self, tensors: Tensors, layer: Layer) -> tuple[None, None]:
+        """None: the levels carry the scale."""
+        return None, None
+
+
+def _bits(layer: Layer) -> int:
+    grid = layer.weights.grid
+    assert isinstance(grid, CodebookGrid)  # noqa: S101  `holds` has checked it
+    return grid.bits
 
 
 def _narrow(table: Tensor) -> bool:
