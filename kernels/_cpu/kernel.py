@@ -40,6 +40,10 @@ class NativeKernel(ABC):
     def ranges(self, tensors: Tensors, layer: Layer) -> tuple[Tensor | None, Tensor | None]:
         """(scales, zero points in codes), float32 `[N or 1, G]`; None: all are 1, or the middle one."""
 
+    def tensor_scale(self, tensors: Tensors) -> Tensor:
+        """A scale of all weights, float32 `[1]`, or empty."""
+        return torch.empty(0)
+
     def kind(self, layer: Layer) -> Kind:
         """How its codes meet tokens."""
         if integer_tokens(layer.inputs):
@@ -89,11 +93,11 @@ class NativeKernel(ABC):
         if integers and layer.inputs is not None and layer.inputs.zero != "none":
             sums = self._sums(tensors, layer, scale, shift)
         if kind == "rows4":
-            table = native.table(_by_group(self.values(tensors, layer), N), kind)
-        elif kind in ("levels4", "floats4", "levels8"):
+            table = native.table(by_strip(self.values(tensors, layer), N), kind)
+        elif kind in ("levels4", "scaled4", "floats4", "levels8"):
             table = native.table(self.values(tensors, layer), kind)
-        shift = _by_group(shift, N) if bool(shift.any()) else torch.empty(0)
-        return [words, _by_group(scale, N) if scale.numel() else scale, shift, table, sums]
+        shift = by_strip(shift, N) if bool(shift.any()) else torch.empty(0)
+        return [words, by_strip(scale, N) if scale.numel() else scale, shift, table, sums, self.tensor_scale(tensors)]
 
     def restore(self, blob: list[Tensor], layer: Layer) -> Tensors:
         """See `Restoring.restore`."""
@@ -103,14 +107,16 @@ class NativeKernel(ABC):
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
-        kind, group, middle = _facts(self, layer.key)
+        kind, group, middle, grid = _facts(self, layer.key)
         x: Tensor | native.Tokens
-        if kind in ("integers4", "integers8"):
+        if grid is not None:
+            x = x_TK.contiguous()
+        elif kind in ("integers4", "integers8"):
             assert layer.inputs is not None  # noqa: S101  `integer_tokens`
             x = as_integers(x_TK, layer.inputs, tensors)
         else:
             x = fake_quantize(x_TK, layer.inputs, tensors).contiguous()
-        return native.multiply(x, blob, layer.shape[0], kind, group, middle, x_TK.dtype)
+        return native.multiply(x, blob, layer.shape[0], kind, group, middle, x_TK.dtype, grid)
 
     def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
         """See `Describing.describe`."""
@@ -145,11 +151,13 @@ def _rounded(N: int) -> int:
 
 
 @cache
-def _facts(kernel: NativeKernel, key: str) -> tuple[Kind, int, int]:
-    """(kind, columns of a group, the middle code): a call should not ask for them again."""
+def _facts(kernel: NativeKernel, key: str) -> tuple[Kind, int, int, native.Grid | None]:
+    """(kind, columns of a group, the middle code, grid of tokens): a call should not ask for them again."""
     layer = Layer.from_key(key)
-    group = layer.weights.block_size(layer.shape)[1]
-    return kernel.kind(layer), group if group < layer.shape[1] else 1 << 40, kernel.middle(layer)
+    group, kind = layer.weights.block_size(layer.shape)[1], kernel.kind(layer)
+    inputs = layer.inputs if kind.startswith("integers") else None
+    grid = None if inputs is None or inputs.range != "dynamic" else token_grid(inputs)
+    return kind, group if group < layer.shape[1] else 1 << 40, kernel.middle(layer), grid
 
 
 def integer_tokens(inputs: Spec | None) -> bool:
@@ -161,23 +169,26 @@ def integer_tokens(inputs: Spec | None) -> bool:
     return inputs.zero == "int" or inputs.grid.low < 0
 
 
+def token_grid(spec: Spec) -> native.Grid:
+    """Where the product puts tokens itself, each with its own range."""
+    assert isinstance(spec.grid, IntGrid)  # noqa: S101  `integer_tokens`
+    return native.Grid(spec.grid.low, spec.grid.high, spec.zero == "int")
+
+
 def as_integers(x_TK: Tensor, spec: Spec, tensors: Tensors) -> native.Tokens:
-    """Tokens on the grid of `spec`; see `quantize_input`."""
-    grid = spec.grid
-    assert isinstance(grid, IntGrid)  # noqa: S101  `integer_tokens`
-    if spec.range == "dynamic":
-        return native.quantize(x_TK.contiguous(), grid.low, grid.high, asymmetric=spec.zero == "int")
+    """Tokens on the grid of `spec` by their static range; see `quantize_input`."""
+    low, high, _ = token_grid(spec)
     q = quantize_input(x_TK, spec, tensors)
-    less = 128 if grid.high > 127 else 0
-    values = (q.codes + (grid.low - less)).view(torch.int8).contiguous()
+    less = 128 if high > 127 else 0
+    values = (q.codes + (low - less)).view(torch.int8).contiguous()
     zero = None if q.zero is None else (q.zero.reshape(-1) - less).expand(len(x_TK)).contiguous()
     return native.Tokens(values, q.scale.reshape(-1).float().expand(len(x_TK)).contiguous(), zero)
 
 
-def _by_group(blocks: Tensor, N: int) -> Tensor:
-    """`[N or 1, G, ...]` -> `[G, N', ...]`, in bfloat16 where that holds every value."""
-    own = blocks.expand(N, *blocks.shape[1:]).transpose(0, 1)
-    padded = own.new_zeros(len(own), _rounded(N), *own.shape[2:])
-    padded[:, :N] = own
+def by_strip(blocks: Tensor, N: int) -> Tensor:
+    """`[N or 1, G, ...]` -> `[N' / 16, G, 16, ...]`, in bfloat16 where that holds every value."""
+    rows = blocks.new_zeros(_rounded(N), *blocks.shape[1:])
+    rows[:N] = blocks
+    padded = rows.view(-1, layout.OUTPUTS, *blocks.shape[1:]).transpose(1, 2).contiguous()
     narrow = padded.bfloat16()
     return narrow if torch.equal(narrow.float(), padded) else padded.float()

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# How codes meet tokens: a table of 16 values in bfloat16, of values that are none, or one for every output; a table of
-# 256; signed bytes; or the codes themselves, with integer tokens.
-Kind = Literal["levels4", "floats4", "rows4", "levels8", "bytes8", "integers4", "integers8"]
-KINDS: tuple[Kind, ...] = ("levels4", "floats4", "rows4", "levels8", "bytes8", "integers4", "integers8")
+# How codes meet tokens: a table of 16 values in bfloat16 (their products with scales, too: scaled4), of values that are
+# none, or one for every output; a table of 256; signed bytes; or the codes themselves, with integer tokens.
+Kind = Literal["levels4", "scaled4", "floats4", "rows4", "levels8", "bytes8", "integers4", "integers8"]
+KINDS: tuple[Kind, ...] = ("levels4", "scaled4", "floats4", "rows4", "levels8", "bytes8", "integers4", "integers8")
 OUTPUTS = 16  # their number is rounded up to a multiple of this
 
 

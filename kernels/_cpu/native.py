@@ -5,12 +5,14 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +24,9 @@ SOURCES = ("product.cpp", "tokens.h", "operands.h", "vectors.h")
 MACHINE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma")
 
 
-class Product(ctypes.Structure):
-    """`Product` of vectors.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("w", "table", "s", "d", "rows", "sx", "zx", "y")),
-        *((name, ctypes.c_int64) for name in ("M", "N", "K", "group")),
-        *((name, ctypes.c_int) for name in ("narrow_s", "narrow_d", "narrow_y", "middle", "threads")),
-    )
+PRODUCT = struct.Struct(
+    "@26q"
+)  # `Product` of vectors.h. One call packs it: between two layers Python is out of the cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +36,14 @@ class Tokens:
     values: Tensor
     scale: Tensor
     zero: Tensor | None = None
+
+
+class Grid(NamedTuple):
+    """What tokens become integers on, each with its own scale (and zero point), as `runtime.activation` has it."""
+
+    low: int
+    high: int
+    asymmetric: bool
 
 
 @cache
@@ -76,14 +81,14 @@ def library() -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         _compile(compiler, sources, made)
     found = ctypes.CDLL(str(made))
-    found.hf_quant_product.argtypes = [ctypes.POINTER(Product), *_types("pli")]
-    found.hf_quant_tokens.argtypes = _types("pilliiiipppi")
+    found.hf_quant_product.argtypes = [ctypes.c_char_p]
+    found.hf_quant_tokens.argtypes = _types("plllllpppl")
     found.hf_quant_product.restype = found.hf_quant_tokens.restype = None
     return found
 
 
 def _types(letters: str) -> list[type]:
-    return [{"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}[letter] for letter in letters]
+    return [{"p": ctypes.c_void_p, "l": ctypes.c_int64}[letter] for letter in letters]
 
 
 def _compile(compiler: str, sources: dict[str, bytes], made: Path) -> None:
@@ -105,85 +110,87 @@ def multiply(
     group: int,
     middle: int,
     dtype: torch.dtype,
+    grid: Grid | None = None,
 ) -> Tensor:
     """`y = x W^T`, `[M, N]` in `dtype` (bfloat16 or float32).
 
     Args:
-        x: bfloat16 `[M, K]`, or integers.
-        blob: words of `layout.pack`; scales and shifts `[G, N']` (N' is N up to a multiple of 16; bfloat16 or float32;
-            both may be empty); what `table` gives, or empty; sums of the dequantized rows float32 `[N']`, for
-            tokens with zero points.
+        x: bfloat16 `[M, K]`, integers, or with a grid bfloat16 or float32; contiguous.
+        blob: words of `layout.pack`; scales and shifts `[N / 16, G, 16]` (bfloat16 or float32); what `table` gives;
+            sums of the dequantized rows float32 `[N]` (up to whole 16), for tokens with zero points; a scale of all
+            weights float32 `[1]`. All but the words may be empty.
         N: outputs.
         kind: of codes and tokens.
         group: columns that share a scale or a table, whole blocks, or all.
         middle: for integers, the code that a shift of 0 takes for zero.
         dtype: of the result.
+        grid: where tokens become integers first.
     """
-    words, scale, shift, table, rows = blob
+    words, scale, shift, table, rows, tensor = blob
     values = x.values if isinstance(x, Tokens) else x
     M, K = values.shape
-    y_MN = torch.empty(M, N, dtype=dtype)
-    if M == 0:
-        return y_MN
-    sx, zx = (x.scale.data_ptr(), x.zero) if isinstance(x, Tokens) else (None, None)
+    y_MN = values.new_empty(M, N, dtype=dtype)
+    sx, zx = (x.scale.data_ptr(), x.zero) if isinstance(x, Tokens) else (0, None)
     width = words.shape[1] * block(kind)[1]
-    product = Product(
+    group = min(group, width)
+    product = PRODUCT.pack(
+        values.data_ptr(),
         words.data_ptr(),
         table.data_ptr(),
         scale.data_ptr(),
         shift.data_ptr(),
         rows.data_ptr(),
+        tensor.data_ptr(),
         sx,
-        None if zx is None else zx.data_ptr(),
+        0 if zx is None else zx.data_ptr(),
         y_MN.data_ptr(),
         M,
         N,
+        K,
         width,
-        min(group, width),
+        group,
+        -(-width // group),
+        KINDS.index(kind),
+        middle,
+        values.dtype == torch.bfloat16,
         scale.dtype == torch.bfloat16,
         shift.dtype == torch.bfloat16,
         dtype == torch.bfloat16,
-        middle,
+        *(grid or (0, 0, 0)),
         torch.get_num_threads(),
     )
-    library().hf_quant_product(product, values.data_ptr(), K, KINDS.index(kind))
+    library().hf_quant_product(product)
     return y_MN
 
 
 def table(values: Tensor, kind: Kind) -> Tensor:
-    """What codes stand for, float32 `[16 or 256]`, or `[G, N', 16]` for rows, as the product reads it: bytes."""
+    """What codes stand for, float32 `[16 or 256]`, or `[N / 16, G, 16, 16]` for rows, as the product reads it."""
     if kind in ("levels8", "rows4"):
         return values.bfloat16().view(torch.uint8)
     high = values.repeat(2).bfloat16()  # a lookup reads five bits
-    if kind == "levels4":
-        return high.view(torch.uint8)
     low = (values.repeat(2) - high.float()).bfloat16()
-    return torch.cat([t.view(torch.uint8) for t in (high, low, values.float())])
+    return torch.cat([t.view(torch.uint8) for t in (high, values.float(), low)])
 
 
-def quantize(x_MK: Tensor, low: int, high: int, *, asymmetric: bool) -> Tokens:
-    """Tokens onto the grid `low .. high`, each with its own scale: what `runtime.activation.quantize_input` gives.
+def quantize(x_MK: Tensor, grid: Grid) -> Tokens:
+    """What the product does first where it is given a grid: the codes of `runtime.activation.quantize_input`.
 
     Codes of unsigned 8-bit grids and their zero points are less 128. A token with NaN has a scale that is NaN.
 
     Args:
         x_MK: bfloat16 or float32, contiguous.
-        low: least value of the grid.
-        high: largest.
-        asymmetric: with an integer zero point.
+        grid: of all tokens.
     """
     M, K = x_MK.shape
     values, scale = torch.empty(M, K, dtype=torch.int8), torch.empty(M)
-    zero = torch.empty(M) if asymmetric else None
+    zero = torch.empty(M) if grid.asymmetric else None
     library().hf_quant_tokens(
         x_MK.data_ptr(),
         x_MK.dtype == torch.bfloat16,
         M,
         K,
-        low,
-        high,
-        128 if high > 127 else 0,
-        asymmetric,
+        grid.low,
+        grid.high,
         values.data_ptr(),
         scale.data_ptr(),
         None if zero is None else zero.data_ptr(),

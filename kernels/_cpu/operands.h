@@ -9,7 +9,8 @@ namespace {
 // Lanes are outputs: all of them are multiplied by the same inputs.
 struct Outputs {
     static constexpr int OUTPUTS = LANES, LINE = LANES, INPUTS = 8;  // of an accumulator, of a block
-    static constexpr int WORDS = 1, TABLE = 0;                       // of a token's operand; bytes of an output's own table
+    static constexpr int WORDS = 1, TABLE = 0;                       // of a token's operand; bytes of an own table
+    static constexpr bool SCALED = false;                            // multiplied by scales when written down
     static ALWAYS V token(const uint32_t* x) { return _mm512_set1_epi32((int)*x); }
 };
 
@@ -59,7 +60,8 @@ struct Bf16OfBytes : Bf16 {  // signed bytes, 32 an operand
     ALWAYS V part(const Raw& raw) const {
         __m512 half[2];
         for (int i = 0; i < 2; ++i)
-            half[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(raw.at + 32 * S + 16 * i))));
+            half[i] = _mm512_cvtepi32_ps(
+                _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(raw.at + 32 * S + 16 * i))));
         return (V)_mm512_cvtne2ps_pbh(half[1], half[0]);
     }
 };
@@ -119,45 +121,48 @@ struct Decoded : Of {  // operands as they are, 16 outputs
     }
 };
 
-// Values that are no bfloat16: the nearest one and what it leaves, multiplied one after the other. Written down, they
-// are multiplied by their scales first and rounded once.
-struct Bf16Split4 : Bf16 {
-    static constexpr int BYTES = 64, PARTS = 8;
-    using Raw = Bf16Of4::Raw;
-    V high, low;
+// Written down, values are multiplied by their scales first and rounded once.
+struct Bf16Scaled4 : Bf16Of4 {
+    static constexpr bool SCALED = true;
     __m512 whole;
-    explicit Bf16Split4(const void* values)
-        : high(_mm512_loadu_si512(values)),
-          low(_mm512_loadu_si512((const uint8_t*)values + 64)),
-          whole(_mm512_loadu_ps((const float*)values + 32)) {}
-    ALWAYS Raw load(const uint8_t* w, int) const { return {_mm512_loadu_si512(w)}; }
-    template <int S>
-    ALWAYS V part(const Raw& raw) const {
-        return _mm512_permutexvar_epi16(_mm512_srli_epi16(raw.v, 4 * (S % 4)), S < 4 ? high : low);
-    }
+    explicit Bf16Scaled4(const void* values) : Bf16Of4(values), whole(_mm512_loadu_ps((const float*)values + 16)) {}
     template <int S>
     ALWAYS V scaled(const Raw& raw, __m512 s) const {
         const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(raw.v, 4 * S), whole),
                      odd = _mm512_permutexvar_ps(_mm512_srli_epi32(raw.v, 16 + 4 * S), whole);
-        const V both = (V)_mm512_cvtne2ps_pbh(_mm512_mul_ps(odd, s), _mm512_mul_ps(even, s));
-        const V first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)),
-                second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
-        return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+        const V both = (V)_mm512_cvtne2ps_pbh(_mm512_mul_ps(odd, s), _mm512_mul_ps(even, s));  // one after the other
+        alignas(64) static constexpr uint16_t PAIRS[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        return _mm512_permutexvar_epi16(_mm512_load_si512(PAIRS), both);
+    }
+};
+
+// Values that are no bfloat16: the nearest one and what it leaves, multiplied one after the other.
+struct Bf16Split4 : Bf16Scaled4 {
+    static constexpr int PARTS = 8;
+    V low;
+    explicit Bf16Split4(const void* values)
+        : Bf16Scaled4(values), low(_mm512_loadu_si512((const uint8_t*)values + 128)) {}
+    template <int S>
+    ALWAYS V part(const Raw& raw) const {
+        return _mm512_permutexvar_epi16(_mm512_srli_epi16(raw.v, 4 * (S % 4)), S < 4 ? table : low);
     }
 };
 
 ALWAYS void transpose(V (&v)[16]) {  // words of 16 rows
     V t[16];
     each<8>([&](auto i) HERE {
-        t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+        t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
     });
     each<8>([&](auto i) HERE {
         constexpr int from = i / 2 * 4 + i % 2, to = i / 2 * 4 + i % 2 * 2;
         v[to] = _mm512_unpacklo_epi64(t[from], t[from + 2]), v[to + 1] = _mm512_unpackhi_epi64(t[from], t[from + 2]);
     });  // v[4 q + j]: word j of every four, of rows 4 q .. 4 q + 3
     each<4>([&](auto j) HERE {
-        const V low[] = {_mm512_shuffle_i32x4(v[j], v[4 + j], 0x88), _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd)},
-                high[] = {_mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88), _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd)};
+        const V a = v[j], b = v[4 + j], c = v[8 + j], d = v[12 + j];
+        const V low[] = {_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd)},
+                high[] = {_mm512_shuffle_i32x4(c, d, 0x88), _mm512_shuffle_i32x4(c, d, 0xdd)};
         each<2>([&](auto i) HERE {
             t[4 * i + j] = _mm512_shuffle_i32x4(low[i], high[i], 0x88);
             t[8 + 4 * i + j] = _mm512_shuffle_i32x4(low[i], high[i], 0xdd);
@@ -168,8 +173,9 @@ ALWAYS void transpose(V (&v)[16]) {  // words of 16 rows
 
 ALWAYS __m512 sums(const __m512 (&v)[16]) {  // lane i: of all lanes of v[i]
     auto four = [&](auto i) HERE {
-        const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 1]), _mm512_unpackhi_ps(v[i], v[i + 1])),
-                     high = _mm512_add_ps(_mm512_unpacklo_ps(v[i + 2], v[i + 3]), _mm512_unpackhi_ps(v[i + 2], v[i + 3]));
+        const __m512 a = v[i], b = v[i + 1], c = v[i + 2], d = v[i + 3],
+                     low = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)),
+                     high = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
         return _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)low, (__m512d)high),
                              (__m512)_mm512_unpackhi_pd((__m512d)low, (__m512d)high));
     };
@@ -191,7 +197,8 @@ struct Bf16OfRows : Bf16 {
     explicit Bf16OfRows(const void* values) : tables((const uint8_t*)values) {}
     static ALWAYS V token(const uint32_t* x) { return _mm512_load_si512(x); }
     ALWAYS Raw load(const uint8_t* w, int r) const {
-        return {_mm512_loadu_si512(w), _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(tables + r * TABLE)))};
+        const __m256i table = _mm256_loadu_si256((const __m256i*)(tables + r * TABLE));
+        return {_mm512_loadu_si512(w), _mm512_broadcast_i64x4(table)};  // twice, a lookup reads five bits
     }
     template <int S>
     ALWAYS V part(const Raw& raw) const {
@@ -205,22 +212,22 @@ ALWAYS int64_t place(int64_t n, int64_t row) {
     return n / W::LINE * row + n % W::LINE * (W::BYTES / W::LINE);
 }
 
-// Writes down the operands of a block of the r-th 16 outputs.
+// Writes down the operands of a block of 16 outputs.
 template <class W>
-ALWAYS void hold(const W& of, const uint8_t* w, int64_t, int r, __m512 s, uint8_t* to) {
-    const typename W::Raw raw = of.load(w, r);
+ALWAYS void hold(const W& of, const uint8_t* w, int64_t, __m512 s, uint8_t* to) {
+    const typename W::Raw raw = of.load(w, 0);
     each<W::STEPS>([&](auto i) HERE {
-        if constexpr (W::PARTS > W::STEPS)
+        if constexpr (W::SCALED)
             _mm512_store_si512(to + 64 * i, of.template scaled<i>(raw, s));
         else
             _mm512_store_si512(to + 64 * i, of.template part<i>(raw));
     });
 }
 
-ALWAYS void hold(const Bf16OfRows& of, const uint8_t* w, int64_t row, int r, __m512, uint8_t* to) {
+ALWAYS void hold(const Bf16OfRows& of, const uint8_t* w, int64_t row, __m512, uint8_t* to) {
     each<4>([&](auto s) HERE {
         V rows[16];
-        each<16>([&](auto i) HERE { rows[i] = of.template part<s>(of.load(w + place<Bf16OfRows>(i, row), LANES * r + i)); });
+        each<16>([&](auto i) HERE { rows[i] = of.template part<s>(of.load(w + place<Bf16OfRows>(i, row), i)); });
         transpose(rows);
         each<16>([&](auto i) HERE { _mm512_store_si512(to + 64 * (16 * s + i), rows[i]); });
     });

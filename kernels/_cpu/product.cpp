@@ -3,7 +3,7 @@
 // W lies in blocks of 16 outputs x 8 inputs (layout.py). bfloat16 tokens are multiplied with bfloat16 values of a table
 // (vdpbf16ps), int8 tokens with the codes themselves (vpdpbusd); both add in 32 bits until a group of columns ends:
 //
-//     y[m, n] = sx[m] (sum_g s[g, n] (sum_k x[m, k] (c[n, k] - middle) + d[g, n] sum_k x[m, k])) - zx[m] rows[n] sx[m]
+//     y[m, n] = sx[m] (tensor sum_g s[g, n] (sum_k x[m, k] (c[n, k] - middle) + d[g, n] sum_k x[m, k]) - zx[m] rows[n])
 //
 // Needs AVX-512 with VNNI and BF16. OpenMP's functions are those of the process that loads it.
 #include <algorithm>
@@ -26,59 +26,76 @@ ALWAYS void step(const W& of, const typename W::Raw (&raw)[R], const uint32_t* x
     }
 }
 
-// One or two tokens, 16 outputs: memory is read from one end to the other, and every operand has sums of its own.
-template <class W, int MB>
-ALWAYS void line(const W& of, const uint8_t* w, const uint32_t* x, int64_t blocks, const float* sums, int middle, __m512 s,
-                 __m512 d, bool shifted, float* C) {
-    constexpr int P = W::PARTS;
-    typename W::Acc acc[MB][2 * P];
-    each<MB>([&](auto m) HERE { each<2 * P>([&](auto i) HERE { acc[m][i] = W::zero(); }); });
-    auto one = [&](auto which, const uint8_t* w, const uint32_t* x) HERE {
-        const typename W::Raw raw = of.load(w, 0);
-        each<P>([&](auto i) HERE {
-            const V v = of.template part<i>(raw);
-            each<MB>([&](auto m) HERE { W::dot(acc[m][which * P + i], v, W::token(x + i % W::STEPS * MB + m)); });
+// One or two tokens, 16 outputs, all columns: memory is read from one end to the other, into as many sums as hide their
+// latency. Where groups are short, those of the next ones hide it, too.
+template <class W, int MB, int SUMS>
+ALWAYS void line(const Product& p, const Tiles& tiles, int64_t width, int64_t first, float* C) {
+    const W of(p.table);
+    const uint8_t* w = p.w + place<W>(first, p.K / W::INPUTS * W::BYTES);
+    const uint32_t* x = tiles.x;
+    const float* sums = tiles.sums;
+    __m512 total[MB];
+    each<MB>([&](auto m) HERE { total[m] = _mm512_setzero_ps(); });
+    auto group = [&](int64_t blocks, int64_t at) HERE {
+        typename W::Acc acc[MB][SUMS];
+        each<MB>([&](auto m) HERE { each<SUMS>([&](auto i) HERE { acc[m][i] = W::zero(); }); });
+        auto block = [&](auto which) HERE {
+            const typename W::Raw raw = of.load(w, 0);
+            each<W::PARTS>([&](auto i) HERE {
+                constexpr int sum = (which * W::PARTS + i) % SUMS;
+                const V v = of.template part<i>(raw);
+                each<MB>([&](auto m) HERE { W::dot(acc[m][sum], v, W::token(x + i % W::STEPS * MB + m)); });
+            });
+            w += W::BYTES, x += W::STEPS * MB;
+        };
+        const std::integral_constant<int, 0> even;
+        const std::integral_constant<int, 1> odd;
+        for (; blocks >= 2; blocks -= 2) block(even), block(odd);
+        if (blocks) block(even);
+        const __m512 s = ranges(p.s, at, p.narrow_s);
+        each<MB>([&](auto m) HERE {
+            each<SUMS - 1>([&](auto i) HERE { acc[m][0] = W::add(acc[m][0], acc[m][i + 1]); });
+            if constexpr (W::EACH == 4) acc[m][0] = W::add(acc[m][0], _mm512_set1_epi32(-p.middle * (int)sums[m]));
+            __m512 number = W::number(acc[m][0]);
+            if (p.d) number = _mm512_fmadd_ps(ranges(p.d, at, p.narrow_d), _mm512_set1_ps(sums[m]), number);
+            total[m] = _mm512_fmadd_ps(s, number, total[m]);
         });
+        sums += MB;
     };
-    int64_t b = 0;
-    for (; b + 1 < blocks; b += 2, w += 2 * W::BYTES, x += 2 * W::STEPS * MB) {
-        one(std::integral_constant<int, 0>{}, w, x);
-        one(std::integral_constant<int, 1>{}, w + W::BYTES, x + W::STEPS * MB);
-    }
-    if (b < blocks) one(std::integral_constant<int, 0>{}, w, x);
-    each<MB>([&](auto m) HERE {
-        each<2 * P - 1>([&](auto i) HERE { acc[m][0] = W::add(acc[m][0], acc[m][i + 1]); });
-        if constexpr (W::EACH == 4) acc[m][0] = W::add(acc[m][0], _mm512_set1_epi32(-middle * (int)sums[m]));
-        __m512 number = W::number(acc[m][0]);
-        if (shifted) number = _mm512_fmadd_ps(d, _mm512_set1_ps(sums[m]), number);
-        _mm512_store_ps(C + m * LANES, _mm512_fmadd_ps(s, number, _mm512_load_ps(C + m * LANES)));
-    });
+    int64_t k = 0, at = p.at(0, first);
+    for (; k + width <= p.K; k += width, at += LANES) group(width / W::INPUTS, at);
+    if (k < p.K) group((p.K - k) / W::INPUTS, at);
+    each<MB>([&](auto m) HERE { _mm512_store_ps(C + m * LANES, total[m]); });
+}
+
+template <class W, int MB>
+void line(const Product& p, const Tiles& tiles, int64_t width, int64_t first, float* C) {
+    if (width <= 4 * W::INPUTS) return line<W, MB, 2>(p, tiles, width, first, C);
+    line<W, MB, std::min(8, 2 * W::PARTS)>(p, tiles, width, first, C);
 }
 
 // MB tokens, R accumulators of outputs, some columns of one group: joins C.
 template <class W, int MB, int R>
 ALWAYS void chunk(const W& of, const uint8_t* w, int64_t row, const uint32_t* x, int64_t blocks, const float* sums,
-                  int middle, const __m512 (&s)[R], const __m512 (&d)[R], bool shifted, float* C) {
+                  const Product& p, const __m512 (&s)[R], const __m512 (&d)[R], float* C) {
     typename W::Acc acc[MB][R];
     each<MB>([&](auto m) HERE {
         each<R>([&](auto r) HERE {
             if constexpr (W::EACH == 4)
-                acc[m][r] = _mm512_set1_epi32(-middle * (int)sums[m]);
+                acc[m][r] = _mm512_set1_epi32(-p.middle * (int)sums[m]);
             else
                 acc[m][r] = W::zero();
         });
     });
     for (int64_t b = 0; b < blocks; ++b, w += W::BYTES, x += W::STEPS * MB * W::WORDS) {
         typename W::Raw raw[R];
-        each<R>([&](auto r) HERE {
-            raw[r] = of.load(w + place<W>(r * W::OUTPUTS, row), r);
-        });
+        each<R>([&](auto r) HERE { raw[r] = of.load(w + place<W>(r * W::OUTPUTS, row), r); });
         step<W, 0, MB, R>(of, raw, x, acc);
     }
     each<MB>([&](auto m) HERE {
         each<R>([&](auto r) HERE {
             __m512 number = W::number(acc[m][r]);
-            if (shifted) number = _mm512_fmadd_ps(d[r], _mm512_set1_ps(sums[m]), number);
+            if (p.d) number = _mm512_fmadd_ps(d[r], _mm512_set1_ps(sums[m]), number);
             float* at = C + (m * R + r) * LANES;
             _mm512_store_ps(at, _mm512_fmadd_ps(s[r], number, _mm512_load_ps(at)));
         });
@@ -94,6 +111,7 @@ void write(const Product& p, int64_t first, int64_t tile, const float* C) {
             if (n >= p.N) break;
             const __mmask16 mask = (__mmask16)((1u << std::min<int64_t>(LANES, p.N - n)) - 1);
             __m512 y = _mm512_load_ps(C + (m * R + r) * LANES);
+            if (p.tensor) y = _mm512_mul_ps(y, _mm512_set1_ps(*p.tensor));
             if (p.zx) y = _mm512_fnmadd_ps(_mm512_set1_ps(p.zx[token]), _mm512_maskz_loadu_ps(mask, p.rows + n), y);
             if (p.sx) y = _mm512_mul_ps(y, _mm512_set1_ps(p.sx[token]));
             if (p.narrow_y)
@@ -125,43 +143,43 @@ void write_sums(const Product& p, int64_t first, int64_t tile, const float* C) {
         }
 }
 
-// All tokens for R accumulators of outputs. ONCE: what a chunk's codes are is written down first, and serves every tile.
+// All tokens for R accumulators of outputs. ONCE: what a chunk's codes are is written down first, for all tiles.
 template <class W, class X, int MB, int R, bool ONCE>
 void strip(const Product& p, const Tiles& tiles, int64_t width, int64_t first, float* C, uint8_t* held) {
+    constexpr bool SCALED = ONCE && W::SCALED;
     constexpr int HELD = 64 * X::STEPS * (W::INPUTS / X::INPUTS);  // bytes of a block written down
-    const int64_t row = p.K / W::INPUTS * W::BYTES;              // bytes of a row of blocks
-    const uint8_t* w = p.w + place<W>(first, row);
-    const int64_t chunks = (p.K + width - 1) / width;  // width divides the group, or all is one group
-    const bool shifted = p.d != nullptr;
-    const int64_t stride = (p.N + LANES - 1) / LANES * LANES;
+    const int64_t row = p.K / W::INPUTS * W::BYTES;                // bytes of a row of blocks
+    const int64_t chunks = (p.K + width - 1) / width;
     std::memset(C, 0, sizeof(float) * tiles.count * MB * R * LANES);
-    for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t k = c * width, columns = std::min(width, p.K - k), g = k / p.group, blocks = columns / W::INPUTS;
-        const W of((const uint8_t*)p.table + (g * stride + first) * W::TABLE);
+    for (int64_t c = 0, g = 0; c < chunks; ++c) {
+        const int64_t k = c * width, columns = std::min(width, p.K - k), blocks = columns / W::INPUTS;
+        g += k >= (g + 1) * p.group;
+        const W of((const uint8_t*)p.table + p.at(g, first) * W::TABLE);
+        const uint8_t* w = p.w + place<W>(first, row) + k / W::INPUTS * W::BYTES;
         __m512 s[R], d[R];
         for (int r = 0; r < R; ++r) {
-            s[r] = p.s ? ranges(p.s, g * stride + first + r * LANES, p.narrow_s) : _mm512_set1_ps(1);
-            d[r] = shifted ? ranges(p.d, g * stride + first + r * LANES, p.narrow_d) : _mm512_setzero_ps();
+            s[r] = SCALED || !p.s ? _mm512_set1_ps(1) : ranges(p.s, p.at(g, first + r * LANES), p.narrow_s);
+            d[r] = p.d ? ranges(p.d, p.at(g, first + r * LANES), p.narrow_d) : _mm512_setzero_ps();
         }
-        const uint8_t* from = w + k / W::INPUTS * W::BYTES;
-        if constexpr (ONCE) {
+        if constexpr (ONCE)
             for (int r = 0; r < R; ++r) {
-                for (int64_t b = 0; b < blocks; ++b)
-                    hold(of, from + place<W>(r * LANES, row) + b * W::BYTES, row, r, s[r], held + (r * blocks + b) * HELD);
-                if (W::PARTS > W::STEPS) s[r] = _mm512_set1_ps(1);
+                const W of((const uint8_t*)p.table + p.at(g, first + r * LANES) * W::TABLE);
+                const uint8_t* from = w + place<W>(r * LANES, row);
+                for (int64_t b = 0, end; b < blocks; b = end) {  // as far as scales reach, where they are multiplied
+                    const int64_t own = SCALED ? (k + b * W::INPUTS) / p.group : g;
+                    end = SCALED ? std::min(blocks, ((own + 1) * p.group - k) / W::INPUTS) : blocks;
+                    const __m512 scale = SCALED ? ranges(p.s, p.at(own, first + r * LANES), p.narrow_s) : s[r];
+                    for (; b < end; ++b) hold(of, from + b * W::BYTES, row, scale, held + (r * blocks + b) * HELD);
+                }
             }
-        }
         for (int64_t t = 0; t < tiles.count; ++t) {
             const uint32_t* x = tiles.x + (t * p.K + k) / X::EACH * MB;
             const float* sums = tiles.sums + (t * chunks + c) * MB;
             float* at = C + t * MB * R * LANES;
             if constexpr (ONCE)
-                chunk<X, MB, R>(X(nullptr), held, blocks * HELD, x, columns / X::INPUTS, sums, p.middle, s, d,
-                                       shifted, at);
-            else if constexpr (R == 1 && MB <= 2)
-                line<W, MB>(of, from, x, blocks, sums, p.middle, s[0], d[0], shifted, at);
+                chunk<X, MB, R>(X(nullptr), held, blocks * HELD, x, columns / X::INPUTS, sums, p, s, d, at);
             else
-                chunk<W, MB, R>(of, from, row, x, blocks, sums, p.middle, s, d, shifted, at);
+                chunk<W, MB, R>(of, w, row, x, blocks, sums, p, s, d, at);
         }
     }
     for (int64_t t = 0; t < tiles.count; ++t) {
@@ -173,69 +191,77 @@ void strip(const Product& p, const Tiles& tiles, int64_t width, int64_t first, f
 }
 
 template <class W, int MB, int R, bool ONCE>
-void multiply(const Product& p, const uint8_t* tokens, int64_t true_K) {
+void multiply(const Product& p, const uint8_t* tokens) {
     using X = std::conditional_t<ONCE, Decoded<std::conditional_t<W::EACH == 2, Bf16, Int8>>, W>;  // as it meets tokens
-    int64_t width = p.group;
-    if (ONCE && width > 256) width = p.group >= p.K || p.group % 256 == 0 ? 256 : p.group;
+    constexpr bool LINE = !ONCE && R == 1 && MB <= 2;
+    int64_t width = std::min(p.group, p.K);
+    if (ONCE && (W::SCALED || width == p.K || width % 256 == 0)) width = 256;
     const int64_t count = (p.M + MB - 1) / MB, chunks = (p.K + width - 1) / width;
-    const int64_t all = (p.N + LANES - 1) / LANES * LANES / X::OUTPUTS, strips = (all + R - 1) / R;
+    const int64_t all = p.units() * LANES / X::OUTPUTS, strips = (all + R - 1) / R;
     auto x = buffer<uint32_t>(count * p.K / W::EACH * MB);
     auto sums = buffer<float>(count * chunks * MB);
     const Tiles tiles{x.get(), sums.get(), count};
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
     {
 #pragma omp for
-        for (int64_t t = 0; t < count; ++t) tile_tokens<X, MB>(tokens, p, true_K, width, t, x.get(), sums.get());
+        for (int64_t t = 0; t < count; ++t) tile_tokens<X, MB>(tokens, p, width, t, x.get(), sums.get());
         auto C = buffer<float>(count * MB * R * LANES);
         auto held = buffer<uint8_t>(ONCE ? R * width / X::INPUTS * 64 * X::STEPS : 64);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < strips; ++i) {
-            if (all - i * R >= R)
+            if constexpr (LINE) {
+                line<W, MB>(p, tiles, width, i * LANES, C.get());
+                write<MB, 1>(p, i * LANES, 0, C.get());
+            } else if (all - i * R >= R)
                 strip<W, X, MB, R, ONCE>(p, tiles, width, i * R * X::OUTPUTS, C.get(), held.get());
             else if constexpr (X::OUTPUTS == LANES)
                 for (int64_t r = i * R; r < all; ++r)
-                    strip<W, X, MB, 1, ONCE>(p, tiles, width, r * X::OUTPUTS, C.get(), held.get());
+                    strip<W, X, MB, 1, ONCE>(p, tiles, width, r * LANES, C.get(), held.get());
         }
     }
 }
 
 template <class W, bool DECODES>
-void by_tokens(const Product& p, const uint8_t* tokens, int64_t true_K) {
+void by_tokens(const Product& p, const uint8_t* tokens) {
     if constexpr (W::OUTPUTS == 1) {
-        if (p.M == 1) return multiply<W, 1, 8, false>(p, tokens, true_K);
-        if (p.M <= 8) return multiply<W, 2, 8, false>(p, tokens, true_K);
+        if (p.M == 1) return multiply<W, 1, 8, false>(p, tokens);
+        if (p.M <= 8) return multiply<W, 2, 8, false>(p, tokens);
     } else {
-        if (p.M == 1) return multiply<W, 1, 1, false>(p, tokens, true_K);
-        if (p.M == 2) return multiply<W, 2, 1, false>(p, tokens, true_K);
-        if (p.M <= 4) return multiply<W, 4, 4, false>(p, tokens, true_K);
-        if (p.M <= 8) return multiply<W, 8, 2, false>(p, tokens, true_K);
+        if (p.M == 1) return multiply<W, 1, 1, false>(p, tokens);
+        if (p.M == 2) return multiply<W, 2, 1, false>(p, tokens);
+        if (p.M <= 4) return multiply<W, 4, 4, false>(p, tokens);
+        if (p.M <= 8 && W::PARTS == W::STEPS) return multiply<W, 8, 2, false>(p, tokens);
     }
-    multiply<W, 8, 3, DECODES>(p, tokens, true_K);
+    multiply<W, 8, 3, DECODES>(p, tokens);
 }
 
 }  // namespace
 
-extern "C" {
-
-// tokens: [M, true_K] bfloat16 or int8; K is true_K up to whole blocks. kind: as native.KINDS has them.
-void hf_quant_product(const Product* whole, const void* tokens, int64_t true_K, int kind) {
+extern "C" void hf_quant_product(const Product* whole) {
     Product p = *whole;
+    Buffer<int8_t> codes;
+    Buffer<float> ranges;
+    if (p.high > p.low) {
+        codes = buffer<int8_t>(p.M * p.inputs), ranges = buffer<float>(2 * p.M);
+        float* zero = p.asymmetric ? ranges.get() + p.M : nullptr;
+        hf_quant_tokens(p.x, p.narrow_x, p.M, p.inputs, p.low, p.high, codes.get(), ranges.get(), zero, p.threads);
+        p.x = codes.get(), p.sx = ranges.get(), p.zx = zero;
+    }
     for (int64_t m = 0; m < whole->M; m += MOST) {
         p.M = std::min(MOST, whole->M - m);
-        p.y = (uint8_t*)whole->y + m * p.N * (p.narrow_y ? 2 : 4);
-        p.sx = whole->sx ? whole->sx + m : nullptr;
-        p.zx = whole->zx ? whole->zx + m : nullptr;
-        const uint8_t* x = (const uint8_t*)tokens + m * true_K * (kind < 5 ? 2 : 1);
-        switch (kind) {
-            case 0: by_tokens<Bf16Of4, true>(p, x, true_K); break;
-            case 1: by_tokens<Bf16Split4, true>(p, x, true_K); break;
-            case 2: by_tokens<Bf16OfRows, true>(p, x, true_K); break;
-            case 3: by_tokens<Bf16Of8, true>(p, x, true_K); break;
-            case 4: by_tokens<Bf16OfBytes, true>(p, x, true_K); break;
-            case 5: by_tokens<Int8Of4, true>(p, x, true_K); break;
-            case 6: by_tokens<Int8Of8, false>(p, x, true_K); break;
+        const uint8_t* x = (const uint8_t*)p.x + m * p.inputs * (p.kind < 6 ? 2 : 1);
+        switch (p.kind) {
+            case 0: by_tokens<Bf16Of4, true>(p, x); break;
+            case 1: by_tokens<Bf16Scaled4, true>(p, x); break;
+            case 2: by_tokens<Bf16Split4, true>(p, x); break;
+            case 3: by_tokens<Bf16OfRows, true>(p, x); break;
+            case 4: by_tokens<Bf16Of8, true>(p, x); break;
+            case 5: by_tokens<Bf16OfBytes, true>(p, x); break;
+            case 6: by_tokens<Int8Of4, true>(p, x); break;
+            case 7: by_tokens<Int8Of8, false>(p, x); break;
         }
+        p.y = (uint8_t*)p.y + p.M * p.N * (p.narrow_y ? 2 : 4);
+        p.sx = p.sx ? p.sx + p.M : nullptr;
+        p.zx = p.zx ? p.zx + p.M : nullptr;
     }
-}
-
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.kernels._cpu import layout, native
-from hf_quant.kernels._cpu.kernel import as_integers, integer_tokens
+from hf_quant.kernels._cpu.kernel import by_strip, integer_tokens, token_grid
 from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.runtime.activation import quantize_input
 from hf_quant.spec import act_spec
@@ -49,7 +49,12 @@ def test_golden_bytes() -> None:
 
 
 SHIFTED: tuple[Kind, ...] = ("levels4", "bytes8", "integers4", "integers8")  # other tables have no zero points
-TABLES = {"levels4": torch.arange(16.0) - 8, "floats4": drawn(16), "levels8": drawn(256).bfloat16().float()}
+TABLES = {
+    "levels4": torch.arange(16.0) - 8,
+    "scaled4": (torch.arange(16.0) - 8) / 2,
+    "floats4": drawn(16),
+    "levels8": drawn(256).bfloat16().float(),
+}
 
 
 @needs_it
@@ -63,23 +68,27 @@ def test_products(kind: Kind, shifted: bool) -> None:
         group = 1 << 40 if group >= K else -(-group // small) * small
         codes = torch.randint(0, 1 << bits, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(K))
         G, rows = -(-K // group), -(-N // 16) * 16
-        scale, shift = drawn(G, rows).abs() + 0.1, drawn(G, rows).mul(3).round() * shifted
+        scale, tensor = drawn(G, rows).abs() + 0.1, torch.full((1,), 0.37 if kind == "scaled4" else 1)
+        scale = scale.log2().round().exp2() if kind == "scaled4" else scale
+        shift = drawn(G, rows).mul(3).round() * shifted
         of = torch.arange(K) // group
         table = TABLES.get(kind)
         if kind == "rows4":
-            table, scale = drawn(G, rows, 16).bfloat16().float(), torch.ones(G, rows)
-            values = table[of, torch.arange(N)[:, None], codes.int()]
+            table, scale = drawn(rows, G, 16).bfloat16().float(), torch.ones(G, rows)
+            values = table[torch.arange(N)[:, None], of, codes.int()]
+            table = by_strip(table, rows).float()
         else:
             values = codes.float() - middle if table is None else table[codes.int()]
-        W_NK = ((values.double() + shift.double()[of, :N].T) * scale.double()[of, :N].T).double()
+        W_NK = (values.double() + shift.double()[of, :N].T) * scale.double()[of, :N].T * tensor.double()
         zero = drawn(530).mul(9).round() if integers and shifted else None
         stored = codes - middle if kind == "bytes8" else codes
         blob = [
             layout.pack(stored, kind),
-            torch.empty(0) if kind == "rows4" else scale,
-            shift if shifted else torch.empty(0),
+            torch.empty(0) if kind == "rows4" else by_strip(scale.T, rows),
+            by_strip(shift.T, rows) if shifted else torch.empty(0),
             torch.empty(0) if table is None else native.table(table, kind),
             torch.nn.functional.pad(W_NK.sum(1).float(), (0, rows - N)) if zero is not None else torch.empty(0),
+            tensor if kind == "scaled4" else torch.empty(0),
         ]
         for M in (0, 1, 2, 3, 7, 9, 41, *((530,) if K == 100 else ())):
             x_MK: Tensor | native.Tokens
@@ -106,13 +115,17 @@ def test_tokens_are_quantized_as_they_are_elsewhere(spec: object, dtype: torch.d
     x_TK = drawn(9, 100).mul(3).to(dtype)
     x_TK[2], x_TK[3], x_TK[4] = 0, x_TK[3].abs(), -x_TK[4].abs()
     assert integer_tokens(spec)
-    found, wanted = as_integers(x_TK, spec, {}), quantize_input(x_TK, spec, {})
+    found, wanted = native.quantize(x_TK, token_grid(spec)), quantize_input(x_TK, spec, {})
     less = 128 if spec.grid.high > 127 else 0
     assert torch.equal(found.values.int() + less, wanted.codes.int() + spec.grid.low)
     assert torch.equal(found.scale, wanted.scale[:, 0])
     assert found.zero is None if wanted.zero is None else torch.equal(found.zero + less, wanted.zero[:, 0])
+    blob = [layout.pack(torch.randint(0, 256, (16, 100), dtype=torch.uint8), "integers8"), torch.ones(1, 1, 16)]
+    blob += [torch.empty(0), torch.empty(0), torch.ones(16), torch.empty(0)]
+    at_once = native.multiply(x_TK, blob, 16, "integers8", 1 << 40, 128, dtype, token_grid(spec))
+    assert torch.equal(at_once, native.multiply(found, blob, 16, "integers8", 1 << 40, 128, dtype))
     x_TK[5, 7] = float("nan")
-    assert as_integers(x_TK, spec, {}).scale.isnan().tolist() == [i == 5 for i in range(9)]
+    assert native.quantize(x_TK, token_grid(spec)).scale.isnan().tolist() == [i == 5 for i in range(9)]
 
 
 @needs_it
@@ -120,9 +133,10 @@ def test_threads_share_the_work_and_give_the_same() -> None:
     codes = torch.randint(0, 16, (500, 256), dtype=torch.uint8)
     blob = [
         layout.pack(codes, "levels4"),
-        torch.ones(1, 512),
+        torch.ones(32, 1, 16),
         torch.empty(0),
         native.table(TABLES["levels4"], "levels4"),
+        torch.empty(0),
         torch.empty(0),
     ]
     before = torch.get_num_threads()

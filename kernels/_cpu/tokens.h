@@ -7,7 +7,8 @@
 
 namespace {
 
-// Tokens in tiles: uint32 [tiles, K / EACH / WORDS, MB, WORDS], and their sums over every chunk of columns [tiles, chunks, MB].
+// Tokens in tiles: uint32 [tiles, K / EACH / WORDS, MB, WORDS], and their sums over every chunk of columns
+// [tiles, chunks, MB].
 struct Tiles {
     const uint32_t* x;
     const float* sums;
@@ -15,22 +16,21 @@ struct Tiles {
 };
 
 template <class W, int MB>
-void tile_tokens(const uint8_t* tokens, const Product& p, int64_t true_K, int64_t width, int64_t t, uint32_t* x,
-                 float* sums) {
+void tile_tokens(const uint8_t* tokens, const Product& p, int64_t width, int64_t t, uint32_t* x, float* sums) {
     constexpr int SIZE = 4 / W::EACH;
-    const int64_t words = p.K / W::EACH, whole = true_K / W::EACH, chunks = (p.K + width - 1) / width;
+    const int64_t words = p.K / W::EACH, whole = p.inputs / W::EACH, chunks = (p.K + width - 1) / width;
     x += t * words * MB, sums += t * chunks * MB;
     auto place = [](int64_t i, int m) { return (i / W::WORDS * MB + m) * W::WORDS + i % W::WORDS; };
     for (int m = 0; m < MB; ++m) {
         const int64_t token = t * MB + m;
-        const uint8_t* from = tokens + token * true_K * SIZE;
+        const uint8_t* from = tokens + token * p.inputs * SIZE;
         const int64_t have = token < p.M ? whole : 0;
         for (int64_t i = 0; i < have; ++i) std::memcpy(x + place(i, m), from + i * 4, 4);
         for (int64_t i = have; i < words; ++i) x[place(i, m)] = 0;
-        if (token < p.M && whole * W::EACH < true_K)
-            std::memcpy(x + place(whole, m), from + whole * 4, (true_K - whole * W::EACH) * SIZE);
+        if (token < p.M && whole * W::EACH < p.inputs)
+            std::memcpy(x + place(whole, m), from + whole * 4, (p.inputs - whole * W::EACH) * SIZE);
         for (int64_t c = 0; c < chunks; ++c) {
-            const int64_t k = c * width, end = token < p.M ? std::min(k + width, true_K) : k;
+            const int64_t k = c * width, end = token < p.M ? std::min(k + width, p.inputs) : k;
             float sum = 0;
             if constexpr (W::EACH == 4) {
                 int whole_sum = 0;
@@ -54,9 +54,12 @@ void tile_tokens(const uint8_t* tokens, const Product& p, int64_t true_K, int64_
 
 extern "C" {
 
-// Tokens [M, K] onto the grid low .. high: code = clamp(round(x / scale + zero)) - shift, scale and zero of each token.
-void hf_quant_tokens(const void* x, int narrow, int64_t M, int64_t K, int low, int high, int shift, int asymmetric,
-                     int8_t* codes, float* scale, float* zero, int threads) {
+// Tokens [M, K] onto the grid low .. high: code = clamp(round(x / scale + zero)), scale and zero of each token (none
+// where zero is null); codes and zeros less 128 where they would not fit a signed byte.
+void hf_quant_tokens(const void* x, int64_t narrow, int64_t M, int64_t K, int64_t low, int64_t high, int8_t* codes,
+                     float* scale, float* zero, int64_t threads) {
+    const int shift = high > 127 ? 128 : 0;
+    const bool asymmetric = zero != nullptr;
     auto load = [=](int64_t i, __mmask16 mask) {
         if (narrow) return widened(_mm256_maskz_loadu_epi16(mask, (const uint16_t*)x + i));
         return _mm512_maskz_loadu_ps(mask, (const float*)x + i);

@@ -46,14 +46,23 @@ ALWAYS __m512 ranges(const void* at, int64_t index, bool narrow) {
 }
 
 struct Product {
-    const uint8_t* w;      // blocks of 16 outputs, [N / 16, K / inputs of a block]
-    const void* table;     // values of the codes, for bfloat16 tokens; or [G, N] of 16 values
-    const void *s, *d;     // [G, N]: scales and shifts, or null
+    const void* x;         // tokens [M, inputs]: bfloat16, int8, or what becomes int8
+    const uint8_t* w;      // blocks
+    const void* table;     // values of the codes, for bfloat16 tokens; or [N / 16, G, 16] of 16 values
+    const void *s, *d;     // [N / 16, G, 16]: scales and shifts, or null
     const float* rows;     // [N]: what tokens with zero points take off, or null
+    const float* tensor;   // [1]: scale of all weights, or null
     const float *sx, *zx;  // [M], or null
     void* y;               // [M, N]
-    int64_t M, N, K, group;
-    int narrow_s, narrow_d, narrow_y, middle, threads;
+    int64_t M, N, inputs, K;                         // K: inputs up to whole blocks
+    int64_t group, groups;                           // columns of a scale or a table; G
+    int64_t kind, middle;                            // one of layout.KINDS; the code that stands for 0
+    int64_t narrow_x, narrow_s, narrow_d, narrow_y;  // bfloat16, else float32
+    int64_t low, high, asymmetric;                   // the grid of tokens that become integers, or low = high
+    int64_t threads;
+
+    int64_t units() const { return (N + LANES - 1) / LANES; }
+    int64_t at(int64_t g, int64_t n) const { return (n / LANES * groups + g) * LANES + n % LANES; }
 };
 
 }  // namespace

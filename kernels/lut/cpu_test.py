@@ -59,9 +59,8 @@ def test_tables(name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPat
 
 
 @needs_it
-@pytest.mark.parametrize("name", [name for name, spec in TABLES.items() if not spec.tensor_scale])
+@pytest.mark.parametrize("name", TABLES)
 def test_tables_in_registers(name: str) -> None:
-    """The scale of the tensor joins that of the block first, which may round once more than the reference."""
     decoded(TABLES[name], (48, 192), NativeKernel.name)
 
 

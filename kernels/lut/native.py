@@ -1,19 +1,21 @@
 """The C++ kernels of `lut-group/1`, `codebook-group/1` and `float8/1` on CPU: tables looked up in registers."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
-from hf_quant.grids import E4M3, CodebookGrid
+from hf_quant.grids import E4M3, CodebookGrid, FloatGrid, TableGrid
 from hf_quant.kernels._cpu.kernel import NativeKernel
 from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.kernels._gemm.kernel import by_row
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.lut.decode import table_grid
 from hf_quant.kernels.lut.scales import unpack_scales
+from hf_quant.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,9 @@ class Native(NativeKernel):
         """See `NativeKernel.kind`: tokens of 16 bits, rounded before where the layer rounds them."""
         if table_grid(layer).code_bits > 4:
             return "levels8"
-        return "levels4" if _narrow(table_grid(layer).table()) else "floats4"
+        if not _narrow(table_grid(layer).table()):
+            return "floats4"
+        return "scaled4" if _exact(layer.weights) else "levels4"
 
     def middle(self, layer: Layer) -> int:
         """None: codes stand for what the table says."""
@@ -56,8 +60,11 @@ class Native(NativeKernel):
 
     def ranges(self, tensors: Tensors, layer: Layer) -> tuple[Tensor, None]:
         """See `NativeKernel.ranges`."""
-        scale, whole = unpack_scales(tensors, layer)
-        return by_row(scale if whole is None else scale * whole, layer), None
+        return by_row(unpack_scales(tensors, layer)[0], layer), None
+
+    def tensor_scale(self, tensors: Tensors) -> Tensor:
+        """See `NativeKernel.tensor_scale`."""
+        return tensors["tensor_scale"].float() if "tensor_scale" in tensors else torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,18 @@ def _bits(layer: Layer) -> int:
     grid = layer.weights.grid
     assert isinstance(grid, CodebookGrid)  # noqa: S101  `holds` has checked it
     return grid.bits
+
+
+@cache
+def _exact(spec: Spec) -> bool:
+    """Whether bfloat16 holds every product of a value and a scale, beyond what is too small or too large for it."""
+    grid, scale = spec.grid, spec.scale
+    if not isinstance(grid, TableGrid) or not isinstance(scale, FloatGrid) or scale.bits != 8:
+        return False
+    scales = torch.arange(256, dtype=torch.uint8).view(scale.torch_dtype).float().nan_to_num(0, 0, 0)
+    products = grid.table().nan_to_num(0, 0, 0) * scales
+    normal = products.abs() >= torch.finfo(torch.bfloat16).tiny
+    return _narrow(torch.where(normal & products.isfinite(), products, 0))
 
 
 def _narrow(table: Tensor) -> bool:
