@@ -1,1 +1,1 @@
-"""Products of few bits on x86 processors: one C++ file, compiled where it runs."""
+"""Products of few bits on x86 processors: C++ that is compiled where it runs."""

@@ -11,6 +11,7 @@ from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels._cpu import layout, native
 from hf_quant.kernels._cpu.layout import Kind
+from hf_quant.kernels._cpu.memory import room
 from hf_quant.runtime.activation import fake_quantize, quantize_input, timed
 from hf_quant.spec import Spec
 
@@ -80,7 +81,7 @@ class NativeKernel(ABC):
         """See `native.multiply`."""
         (N, K), kind = layer.shape, self.kind(layer)
         integers, (outputs, inputs), down = kind.startswith("integers"), layout.block(kind), _rounded(N)
-        words = torch.empty(down // outputs, -(-K // inputs), outputs * inputs * int(kind[-1]) // 8, dtype=torch.uint8)
+        words = room(down // outputs, -(-K // inputs), outputs * inputs * int(kind[-1]) // 8)
         step = _rounded(max(1, SLICE // K))
         for first in range(0, N, step):  # whole matrices of codes would leave holes in the heap
             codes = self.codes(tensors["qweight"][first : first + step], layer)
