@@ -1,10 +1,10 @@
 """Kept: vectors that stay in full precision (gains of norms, biases) may learn beside the rounded weights."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from hf_quant.learning.shards import gathered
 
 
 class Offset(nn.Module):
@@ -37,13 +37,12 @@ def offsets(model: nn.Module) -> dict[str, Offset]:
 @torch.no_grad()
 def settled(model: nn.Module, named: dict[str, Offset]) -> dict[str, Tensor]:
     """What the vectors have become."""
-    return {path: getattr(*_owner(model, path)).clone() for path in named}
-
-
-def remove(model: nn.Module, paths: Iterable[str]) -> None:
-    """The vectors are parameters again, and what they were."""
-    for path in paths:
-        parametrize.remove_parametrizations(*_owner(model, path), leave_parametrized=False)
+    vectors = {}
+    for path in named:
+        owner, name = _owner(model, path)
+        with gathered(owner):
+            vectors[path] = getattr(owner, name).clone()
+    return vectors
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -21,6 +21,8 @@ class Student(nn.Module):
     def __init__(self, fake: FakeQuant, inputs: InputQuant | None, transposed: bool) -> None:
         super().__init__()
         self.fake, self.inputs, self.transposed, self.on = fake, inputs, transposed, True
+        for parameter in self.parameters():
+            parameter.data = parameter.data.contiguous()  # others cannot be shared out
 
     def learned(self) -> list[Learned]:
         """Of the weight and of the inputs."""

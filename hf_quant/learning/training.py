@@ -2,8 +2,8 @@
 
 Only what the roundings learn is trained and kept in checkpoints; everything else of the Trainer (accelerate, schedules,
 clipping, resuming with the state of optimizer and generators, data parallelism: every process has a part of a step's
-batch) is as it comes. Without dropout: the student is the model
-that will be evaluated, and the teacher the same without rounding.
+batch, and under FSDP of all parameters) is as it comes. Without dropout: the student is the model that will be
+evaluated, and the teacher the same without rounding.
 """
 
 import math
@@ -19,25 +19,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_map_only
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_quant.capture import answer
 from hf_quant.errors import RunError
 from hf_quant.integrations.recomputing import recompute_activations
-from hf_quant.learning.kept import Offset, offsets, remove, settled
+from hf_quant.learning.kept import Offset, offsets, settled
 from hf_quant.learning.rows import ENTRY, collate, rows_of, size_of
+from hf_quant.learning.shards import as_shared, gathered, mine, whole
 from hf_quant.learning.student import Student
-from hf_quant.learning.undone import own_cache, own_generators, quiet
+from hf_quant.learning.undone import own_generators, own_modules, quiet
+from hf_quant.qtensor import QTensor
 from hf_quant.running.distributed import processes
 from hf_quant.running.progress import inner
+from hf_quant.runtime.branches import Branch
 from hf_quant.stages.reconstruction import InputQuant
 from hf_quant.stages.sampler import Batch, model_inputs_of
 from hf_quant.stages.trainer import Qat, Trained
 from hf_quant.stages.tuner import Fitted
 
-FILE = "rounding.safetensors"
+FILE, OPTIMIZER, SCHEDULER = "rounding.safetensors", "optimizer.pt", "scheduler.pt"
 HISTORY = "history"  # [steps, 2]: loss and tokens of every step, beside what is learned
 
 
@@ -53,54 +56,45 @@ def train(
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     students: dict[str, Student] = {}
-    vectors: dict[str, Offset] = {}
-    hooks: list[RemovableHandle] = []
-    modules = {name: model.get_submodule(name) for name in start}
-    was = {n: p.requires_grad for n, p in model.named_parameters()}
-    training = model.training
-    model.requires_grad_(False)
-    if how.gradient_checkpointing:
-        recompute_activations(model)
-    with tempfile.TemporaryDirectory() as scratch, torch.enable_grad(), own_generators(), own_cache(model):
-        try:
-            vectors = offsets(model) if how.lr_norms else {}
-            rows = rows_of(batches)
-            for name, fitted in start.items():
-                module = modules[name]
-                transposed = not isinstance(module, nn.Linear)
-                weight: Tensor = module.weight  # type: ignore[assignment]
-                with torch.no_grad():
-                    fake = how.rounding.start(weight.T if transposed else weight, fitted.q, generator)
-                inputs = None if fitted.inputs is None else InputQuant(fitted, 1.0, how.input_lr, generator)
-                students[name] = Student(fake, inputs, transposed).to(weight.device)
-                hooks.append(module.register_forward_pre_hook(students[name].round_input))
-                parametrize.register_parametrization(module, "weight", students[name], unsafe=True)
-            trainer = _Trainer(
-                how, model, students, vectors, rows, seed, folder or Path(scratch), keep=folder is not None
-            )
-            history = trainer.run()
-            probe = collate(rows[:1])
+    weights: dict[str, QTensor] = {}
+    branches: dict[str, Branch] = {}
+    ranges: dict[str, tuple[Tensor, Tensor | None]] = {}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        torch.enable_grad(),
+        own_generators(),
+        own_modules(model) as tree,
+    ):
+        modules = {name: tree.get_submodule(name) for name in start}
+        if how.gradient_checkpointing:
+            recompute_activations(tree)
+        vectors = offsets(tree) if how.lr_norms else {}
+        rows = rows_of(batches)
+        for name, fitted in start.items():
+            module = modules[name]
+            transposed = not isinstance(module, nn.Linear)
+            weight: Tensor = module.weight  # type: ignore[assignment]
             with torch.no_grad():
-                said = (probe, answer(trainer.run_model(model.eval(), trainer._prepare_inputs(dict(probe)))))
-                weights = {n: s.fake.export(_original(modules[n], s)) for n, s in students.items()}
-            branches = {n: b for n, s in students.items() if (b := s.fake.branch()) is not None}
-            ranges = {n: found for n, s in students.items() if s.inputs and (found := s.inputs.fitted()) is not None}
-            kept = settled(model, vectors)
-            learned = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-            state = [t for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
-        finally:
-            remove(model, vectors)
-            for hook in hooks:
-                hook.remove()
-            for name in students:
-                module = modules[name]
-                if parametrize.is_parametrized(module, "weight"):
-                    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(was[name])
-            model.train(training)
-            if how.gradient_checkpointing:
-                recompute_activations(model, on=False)
+                fake = how.rounding.start(weight.T if transposed else weight, fitted.q, generator)
+            inputs = None if fitted.inputs is None else InputQuant(fitted, 1.0, how.input_lr, generator)
+            students[name] = Student(fake, inputs, transposed).to(weight.device)
+            module.register_forward_pre_hook(students[name].round_input)
+            parametrize.register_parametrization(module, "weight", students[name], unsafe=True)
+        trainer = _Trainer(how, tree, students, vectors, rows, seed, folder or Path(scratch), keep=folder is not None)
+        history = trainer.run()
+        probe = collate(rows[:1])
+        with torch.no_grad():
+            said = (probe, answer(trainer.run_model(tree.eval(), trainer._prepare_inputs(dict(probe)))))
+            for name, student in students.items():
+                with gathered(modules[name]):
+                    weights[name] = student.fake.export(_original(modules[name], student))
+                    if (branch := student.fake.branch()) is not None:
+                        branches[name] = branch
+                    if student.inputs and (found := student.inputs.fitted()) is not None:
+                        ranges[name] = found
+        kept = settled(tree, vectors)
+        learned = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        state = [mine(t) for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
     measured = {
         "steps": float(how.steps),
         "tokens": sum(tokens for _, tokens in history),
@@ -159,6 +153,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.can_return_loss = True
+        if (plugin := getattr(self.accelerator.state, "fsdp_plugin", None)) is not None:
+            plugin.mixed_precision_policy = None  # it would round step sizes; `run_model` casts products alone
 
     def run(self) -> list[tuple[float, float]]:
         """Train, from the last checkpoint if there is one; loss and tokens of every step."""
@@ -224,7 +220,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         for student in self.students.values():
             if student.inputs is not None:
                 student.inputs.entry_B = inputs.get(ENTRY)
-        return model(**model_inputs_of(inputs))
+        with self.accelerator.autocast():
+            return model(**model_inputs_of(inputs))
 
     def _keep(self, loss: Tensor, tokens: float) -> Tensor:
         """Note loss and tokens of a step; returns the process's part of the mean over the tokens of all of them."""
@@ -253,10 +250,13 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             for switch in switches:
                 switch.on = True
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({**self._learned(), HISTORY: torch.tensor(self.history, dtype=torch.float64)}, folder / FILE)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What is learned, and the history; every process gives its part."""
+        folder, learned = Path(output_dir or self.args.output_dir), self._learned()
+        kept = {name: whole(tensor).contiguous() for name, tensor in learned.items()}
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({**kept, HISTORY: torch.tensor(self.history, dtype=torch.float64)}, folder / FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
         kept = load_file(Path(resume_from_checkpoint) / FILE)
@@ -265,7 +265,23 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             next(self.bar, None)
         with torch.no_grad():
             for name, tensor in self._learned().items():
-                tensor.copy_(kept[name])
+                tensor.copy_(as_shared(kept[name], tensor))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = tree_map_only(Tensor, whole, self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, kept in state["state"].items():
+            state["state"][i] = {name: as_shared(tensor, parameters[i]) for name, tensor in kept.items()}
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
     def _learned(self) -> dict[str, Tensor]:
         rounded = {

@@ -1,5 +1,6 @@
-"""What transformers' Trainer does besides training, undone: seeds, a setting of the model, remarks."""
+"""What transformers' Trainer does besides training, undone: seeds, what becomes of the modules, remarks."""
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from hf_quant.running.distributed import sharded
 
 
 @contextmanager
@@ -23,17 +26,25 @@ def own_generators() -> Iterator[None]:
 
 
 @contextmanager
-def own_cache(model: nn.Module) -> Iterator[None]:
-    """The Trainer writes `use_cache` into the model's config, even where there was none; it is put back."""
-    config: Any = getattr(model, "config", None)
-    had, before = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
+def own_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """A second tree of modules over the same tensors, frozen: what training does to modules, the model never sees.
+
+    Where the tensors are shared out among processes, the model waits in the host's memory meanwhile.
+    """
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            shared[id(parameter)] = nn.Parameter(parameter.detach().contiguous(), requires_grad=False)
+    tree = copy.deepcopy(model, shared)
+    if not sharded():
+        yield tree
+        return
+    device = next(model.parameters()).device
+    model.to("cpu")
     try:
-        yield
+        yield tree
     finally:
-        if had:
-            config.use_cache = before
-        elif hasattr(config, "use_cache"):
-            del config.use_cache
+        model.to(device)
 
 
 @contextmanager

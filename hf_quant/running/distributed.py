@@ -1,7 +1,7 @@
 """Data-parallel calibration: every process sees its share of the micro-batches, statistics are merged exactly.
 
-Training is data-parallel as well (`learning.training`). It cannot be sharded: what a rounding learns (low-rank terms,
-step sizes) belongs to the whole matrix, and the teacher is the same parameter unrounded.
+Training is data-parallel as well (`learning.training`), and shards what it learns under FSDP, which gathers the
+parameters of a block before it runs: roundings, and the teacher, see whole matrices.
 """
 
 import os
@@ -30,13 +30,28 @@ def is_first() -> bool:
     return processes() == 1 or dist.get_rank() == 0
 
 
+def sharded() -> bool:
+    """Whether tensors are shared out among processes while a model is trained (FSDP)."""
+    return _asked("ACCELERATE_USE_FSDP")
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("true", "1", "yes")
+
+
 def refuses_training(batch_size: int) -> str | None:
     """None when these processes can train together with as many rows a step, else the reason."""
-    sharded = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"]
-    if sharded:
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        return "training has not been tried under DeepSpeed; use FSDP (accelerate launch --use_fsdp --fsdp_version 2)"
+    if sharded() and os.environ.get("FSDP_VERSION") != "2":
         return (
-            f"training does not run under {sharded[0]}: the rounding of a weight, and the teacher, read all of it in "
-            "every process; use plain data parallelism (torchrun, or accelerate launch --multi_gpu)"
+            "training reads the parameters of a block whole and one by one, and FSDP's first version keeps one flat "
+            "vector of them; use the second (accelerate launch --use_fsdp --fsdp_version 2)"
+        )
+    if sharded() and _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        return (
+            "every process calibrates and needs the weights, which are loaded by the first one alone; launch with "
+            "--fsdp_cpu_ram_efficient_loading false"
         )
     if processes() == 1:
         return None

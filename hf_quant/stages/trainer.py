@@ -26,7 +26,8 @@ class Trained:
     Attributes:
         weights: site -> codes.
         measured: "steps", "tokens", "first_loss", "last_loss" (of ten steps), "seconds", "trained" (values that were),
-            "optimizer_bytes". The loop adds "logits" (the largest there is on the probe) and "logit_difference".
+            "optimizer_bytes" (of this process). The loop adds "logits" (the largest there is on the probe) and
+            "logit_difference".
         branches: site -> what was trained beside the codes.
         input_ranges: site -> (scale, zero) of its input, `[entries, 1]`, where that is static.
         probe: one batch and the answer of the student when training ended: what the packed model has to say of it.
@@ -57,8 +58,8 @@ class Trainer(Protocol):
     ) -> Trained:
         """Fit the sites of `start`, which hold what the solver gave.
 
-        `model` comes in float and is fake-quantized in place by the trainer (see `stages.fakequant`). Nothing of the
-        training is left in it; the pipeline installs the codes. With a `folder`, checkpoints are kept there and a
+        `model` comes in float; the trainer fake-quantizes it (see `stages.fakequant`). Nothing of the training is left
+        in it; the pipeline installs the codes. With a `folder`, checkpoints are kept there and a
         training that was cut off goes on from the last.
         """
 
