@@ -136,7 +136,10 @@ def finetune(
 ) -> Report | dict[str, Report]:
     """Quantize a float model or pipeline by training it, in place. As `quantize`, for methods that train and no other.
 
-    With `config.run_dir` a training that was cut off goes on from its last checkpoint.
+    With `config.run_dir` a training that was cut off goes on from its last checkpoint. Processes that torchrun or
+    `accelerate launch` started share each step's batch. What is learned and the frozen weights are shared out among
+    them by `--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
+    --fsdp_cpu_ram_efficient_loading false`; all of them have the whole model before and after.
 
     Raises:
         NotSupported: the method does not train.

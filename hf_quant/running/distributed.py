@@ -42,7 +42,10 @@ def _asked(name: str) -> bool:
 def refuses_training(batch_size: int) -> str | None:
     """None when these processes can train together with as many rows a step, else the reason."""
     if _asked("ACCELERATE_USE_DEEPSPEED"):
-        return "training has not been tried under DeepSpeed; use FSDP (accelerate launch --use_fsdp --fsdp_version 2)"
+        return (
+            "DeepSpeed steps on copies of its own (ZeRO 1 and 2), which undoes what a rounding puts back after a step, "
+            "and ZeRO 3 has not been tried; use FSDP (accelerate launch --use_fsdp --fsdp_version 2)"
+        )
     if sharded() and os.environ.get("FSDP_VERSION") != "2":
         return (
             "training reads the parameters of a block whole and one by one, and FSDP's first version keeps one flat "
