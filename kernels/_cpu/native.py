@@ -21,6 +21,7 @@ from hf_quant.kernels._cpu.layout import KINDS, Kind, block
 
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-w")
 SOURCES = ("product.cpp", "tokens.h", "operands.h", "vectors.h")
+CPU = torch.device("cpu")
 MACHINE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma")
 
 
@@ -129,7 +130,7 @@ def multiply(
     words, scale, shift, table, rows, tensor = blob
     values = x.values if isinstance(x, Tokens) else x
     M, K = values.shape
-    y_MN = values.new_empty(M, N, dtype=dtype)
+    y_MN = torch.empty(M, N, dtype=dtype, device=CPU)
     sx, zx = (x.scale.data_ptr(), x.zero) if isinstance(x, Tokens) else (0, None)
     width = words.shape[1] * block(kind)[1]
     group = min(group, width)

@@ -7,6 +7,7 @@
 //
 // Needs AVX-512 with VNNI and BF16. OpenMP's functions are those of the process that loads it.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "tokens.h"
@@ -201,14 +202,14 @@ void multiply(const Product& p, const uint8_t* tokens) {
     auto x = buffer<uint32_t>(count * p.K / W::EACH * MB);
     auto sums = buffer<float>(count * chunks * MB);
     const Tiles tiles{x.get(), sums.get(), count};
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
-    {
-#pragma omp for
-        for (int64_t t = 0; t < count; ++t) tile_tokens<X, MB>(tokens, p, width, t, x.get(), sums.get());
+    std::atomic<int64_t> tile{0}, turn{0};
+    together(count > 1 ? p.threads : 1, [&] {
+        for (int64_t t; (t = tile++) < count;) tile_tokens<X, MB>(tokens, p, width, t, x.get(), sums.get());
+    });
+    together(p.threads, [&] {
         auto C = buffer<float>(count * MB * R * LANES);
         auto held = buffer<uint8_t>(ONCE ? R * width / X::INPUTS * 64 * X::STEPS : 64);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < strips; ++i) {
+        for (int64_t i; (i = turn++) < strips;) {
             if constexpr (LINE) {
                 line<W, MB>(p, tiles, width, i * LANES, C.get());
                 write<MB, 1>(p, i * LANES, 0, C.get());
@@ -218,7 +219,7 @@ void multiply(const Product& p, const uint8_t* tokens) {
                 for (int64_t r = i * R; r < all; ++r)
                     strip<W, X, MB, 1, ONCE>(p, tiles, width, r * LANES, C.get(), held.get());
         }
-    }
+    });
 }
 
 template <class W, bool DECODES>

@@ -1,5 +1,6 @@
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -64,8 +65,8 @@ void hf_quant_tokens(const void* x, int64_t narrow, int64_t M, int64_t K, int64_
         if (narrow) return widened(_mm256_maskz_loadu_epi16(mask, (const uint16_t*)x + i));
         return _mm512_maskz_loadu_ps(mask, (const float*)x + i);
     };
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t m = 0; m < M; ++m) {
+    std::atomic<int64_t> turn{0};
+    auto token = [&](int64_t m) {
         __m512 least = _mm512_setzero_ps(), most = _mm512_setzero_ps();
         __mmask16 unordered = 0;
         for (int64_t k = 0; k < K; k += 16) {
@@ -89,6 +90,9 @@ void hf_quant_tokens(const void* x, int64_t narrow, int64_t M, int64_t K, int64_
             __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(v), off);
             _mm_mask_storeu_epi8(codes + m * K + k, mask, _mm512_cvtepi32_epi8(code));
         }
-    }
+    };
+    together(M > 1 ? threads : 1, [&] {
+        for (int64_t m; (m = turn++) < M;) token(m);
+    });
 }
 }

@@ -37,6 +37,14 @@ Buffer<T> buffer(size_t count) {
     return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
 }
 
+// By all threads at once; one thread stays out of OpenMP, whose code may not be in the cache.
+template <class F>
+void together(int64_t threads, F f) {
+    if (threads == 1) return f();
+#pragma omp parallel num_threads(threads)
+    f();
+}
+
 ALWAYS __m512 widened(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 
 // Scales and shifts of 16 outputs, bfloat16 or float32.
