@@ -1,5 +1,6 @@
 """Tiny random models of many architectures, and inputs for them."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model."""
     kind, config = MODELS[name]
     torch.manual_seed(0)
-    return kind(config).eval().to(dtype)
+    return kind(deepcopy(config)).eval().to(dtype)  # quantizing a model writes into its config
 
 
 def inputs(name: str, rows: int = 2, seed: int = 1) -> dict[str, Tensor]:

@@ -105,7 +105,8 @@ def test_the_wheel_holds_every_module_no_test_and_nothing_else_at_top_level(whee
     assert {n for n in names if n.endswith(".py")} == expected_modules()
     assert {n.split("/")[0] for n in names} == {"hf_quant", "hf_quant_autoload.py", "hf_quant-0.1.0.dist-info"}
     data = {f.relative_to(ROOT).as_posix() for f in (ROOT / "hf_quant").rglob("*.jinja")}
-    data |= {"hf_quant/" + f.relative_to(ROOT).as_posix() for f in (ROOT / "kernels").glob("*/README.md")}
+    named = [f for pattern in ("*/README.md", "*/*.cpp", "*/*.h") for f in (ROOT / "kernels").glob(pattern)]
+    data |= {"hf_quant/" + f.relative_to(ROOT).as_posix() for f in named}
     assert {"hf_quant/py.typed", "hf_quant-0.1.0.dist-info/licenses/LICENSE", *data} <= set(names)
 
 

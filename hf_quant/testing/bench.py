@@ -39,12 +39,13 @@ def judge_on(name: str, bench: Path = EXAMPLES) -> Judge:
         stored = np.load(bench / "data" / "digits.npz")
         calibration, held_out = pictures(stored["calib"]), pictures(stored["test"])
         return Judge(path, AutoModelForImageClassification, calibration, held_out, "pixel_values", samples=32)
-    calibration, stream = (
-        torch.from_numpy(np.load(bench / "data" / f"tiny_{part}.npy").astype(np.int64)) for part in ("calib", "test")
+    first, stream, more = (
+        torch.from_numpy(np.load(bench / "data" / f"tiny_{part}.npy").astype(np.int64))
+        for part in ("calib", "test", "train")
     )
     every = stream.numel() // LENGTH // WINDOWS  # windows from all over the held-out text
     windows = stream[: stream.numel() // LENGTH * LENGTH].reshape(-1, LENGTH)[::every][:WINDOWS]
-    return Judge(path, AutoModelForCausalLM, calibration[:, :LENGTH], windows)
+    return Judge(path, AutoModelForCausalLM, torch.cat([first, more])[:, :LENGTH], windows)
 
 
 def diffusion_judge_on(name: str, bench: Path = EXAMPLES) -> DiffusionJudge:

@@ -88,18 +88,18 @@ def test_one_D_for_all_weights() -> None:
 
 
 def more(judge: Judge) -> Judge:
-    """It sees the whole network's answers only, so a seed has 42 sequences of calibration here."""
-    return replace(judge, samples=42, measured={})
+    """It sees the whole network's answers only: 11 thousand tokens leave 5 million weights too free (its KL on those is
+    below GPTQ's, on others 1.35 of it), so a seed has 43 thousand here."""
+    return replace(judge, samples=170, measured={})
 
 
 @pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
-    """Over three calibration sets that share nothing. The whole network's answers on 11 thousand tokens leave 5
-    million weights too free: on those tokens the KL is below GPTQ's on others."""
+    """Over three calibration sets that share nothing."""
     judge, how = more(judge), {"batch": 1, **SETTING}
-    ours, start = (judge.kls("discquant", steps=steps, **how) for steps in (64, 0))
+    ours, start = (judge.kls("discquant", steps=steps, **how) for steps in (256, 0))
     gptq = judge.kls("gptq", **SETTING)
     claims.order(
         "discquant", "KL at most 0.8 of its start's, 3 bits in groups of 32", ours=ours, theirs=start, factor=0.8
     )
-    claims.order("discquant", "KL below gptq's, 3 bits in groups of 32", ours=ours, theirs=gptq, reproduced=False)
+    claims.order("discquant", "KL below gptq's, 3 bits in groups of 32", ours=ours, theirs=gptq)
