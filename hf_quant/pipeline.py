@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_quant.allocation.allocate import allocate
+from hf_quant.diffusion.denoising import Denoising
 from hf_quant.diffusion.timesteps import follow_timesteps
 from hf_quant.errors import UnsupportedModel
 from hf_quant.learning.trained import train
@@ -41,7 +42,8 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
         batches: list[Batch] = []
         if any(not r.data_free for r in (recipe, *(p.recipe for p in plan.sites.values()))):
             batches = recipe.sampler.sample(job.data, job.processor, job.seed, model)
-        timed = follow_timesteps(model, recipe, plan, batches)
+        named = job.data.drawing.class_labels if isinstance(job.data, Denoising) else ()  # few samples miss some
+        timed = follow_timesteps(model, recipe, plan, batches, named)
         with RunDir.open(job.run_dir, model, recipe, job, batches) as run_dir:
             whole = [t for t in recipe.transforms if isinstance(t, WholeTransform)]
             for transform in whole:

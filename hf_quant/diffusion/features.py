@@ -1,7 +1,7 @@
 """Features: what layers make of the timestep (and class) alone, in full precision, and its place in their stead."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from hf_quant.runtime.clock import CLASSES
 from hf_quant.runtime.features import FeatureTable, Vacant
 from hf_quant.runtime.packed import refit
 from hf_quant.sites import outputs_of
-from hf_quant.stages.sampler import Batch
 from hf_quant.stages.serving import Serving
 
 _log = logging.getLogger("hf_quant")
@@ -48,7 +47,7 @@ def features_of(
     Args:
         model: in full precision, or as quantized as it is to be looked at.
         serving: how many classes are too many.
-        timed: the clock, and batches with all classes that will be asked for.
+        timed: the clock, batches, and classes that will be asked for.
         asked: layers that stay as they are.
 
     Raises:
@@ -58,7 +57,7 @@ def features_of(
     found = temporal_block(model, layers, timed.batches[0])
     if found is None or not found.storable:
         raise UnsupportedModel(f"no layer of {type(model).__name__} depends on its timestep alone: nothing to store")
-    classes = _classes(found, timed.batches)
+    classes = _classes(found, timed)
     if len(classes) > serving.classes:
         _log.warning(
             "%d classes are more than the %d whose features are stored: the layers are kept",
@@ -81,10 +80,12 @@ def features_of(
     return Features(found, classes, {n: torch.cat(p)[: len(every)].reshape(shape) for n, p in parts.items()})
 
 
-def _classes(block: TemporalBlock, batches: Sequence[Batch]) -> tuple[int, ...]:
+def _classes(block: TemporalBlock, timed: Timed) -> tuple[int, ...]:
+    """Those that were named, and those that guidance adds."""
     if CLASSES not in block.given:
         return ()
-    return tuple(torch.cat([b[CLASSES].reshape(-1).cpu() for b in batches]).unique().tolist())
+    seen = torch.cat([b[CLASSES].reshape(-1).cpu() for b in timed.batches]).unique().tolist()
+    return tuple(sorted({*seen, *timed.classes}))
 
 
 def store_features(

@@ -18,10 +18,17 @@ from hf_quant.stages.transform import WholeTransform
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Timed:
-    """The clock that the layers of a model being quantized share, and the batches it is set by."""
+    """The clock that the layers of a model being quantized share, and the batches it is set by.
+
+    Attributes:
+        clock: see there.
+        batches: calibration data.
+        classes: that will be asked for, whether or not the batches have them.
+    """
 
     clock: Clock
     batches: Sequence[Batch]
+    classes: Sequence[int] = ()
 
     def set_to(self, i: int) -> None:
         """Before a part of the network alone runs on batch i."""
@@ -34,7 +41,9 @@ class Timed:
                 layer.clock = self.clock
 
 
-def follow_timesteps(model: nn.Module, recipe: Recipe, plan: Plan, batches: list[Batch]) -> Timed | None:
+def follow_timesteps(
+    model: nn.Module, recipe: Recipe, plan: Plan, batches: list[Batch], classes: Sequence[int] = ()
+) -> Timed | None:
     """A clock on the model, and in every batch the tag "@timestep", when the plan has tables by timestep.
 
     The entries' timesteps are those of the data, or evenly chosen of them when it has more than entries.
@@ -69,4 +78,4 @@ def follow_timesteps(model: nn.Module, recipe: Recipe, plan: Plan, batches: list
     clock.watch(model)
     for batch in batches:
         batch["@" + NAME] = clock.nearest(batch[NAME])
-    return Timed(clock, batches)
+    return Timed(clock, batches, classes)

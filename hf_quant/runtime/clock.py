@@ -82,7 +82,7 @@ class Clock:
         if self.t_B is None:
             raise ConfigError("a layer with tables by timestep ran outside its network, so it knows no timestep")
         steps = torch.tensor(self.steps, device=self.t_B.device)
-        high_B = torch.searchsorted(steps, self.t_B).clamp(max=len(steps) - 1)
+        high_B = torch.searchsorted(steps, self.t_B.contiguous()).clamp(max=len(steps) - 1)
         low_B = (high_B - 1).clamp(min=0)
         width_B = (steps[high_B] - steps[low_B]).clamp(min=1e-6)
         return low_B, high_B, ((self.t_B - steps[low_B]) / width_B).clamp(0, 1)

@@ -94,7 +94,8 @@ def quantized(judge: DiffusionJudge, **arguments: Any) -> Any:
 
 def draw(pipeline: Any, steps: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    drawn = pipeline(class_labels=[3, 8], num_inference_steps=steps, generator=generator, output_type="np")
+    two: dict[str, Any] = {"class_labels": [3, 8]} if hasattr(pipeline, "transformer") else {"batch_size": 2}
+    drawn = pipeline(**two, num_inference_steps=steps, generator=generator, output_type="np")
     return torch.as_tensor(drawn.images)
 
 

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.diffusion.drawing import backbone
+from hf_quant.diffusion.features import features_of
 from hf_quant.diffusion.temporal import temporal_block
+from hf_quant.diffusion.timesteps import follow_timesteps
 from hf_quant.diffusion.timesteps_test import STEPS, batches, dit, job, out, unet
 from hf_quant.errors import ConfigError, NotSupported
 from hf_quant.integrations.finish import finish, quantizer_of
 from hf_quant.ledger import count_bits
 from hf_quant.method import method_named
 from hf_quant.pipeline import quantize
+from hf_quant.plan import make_plan
 from hf_quant.plugins.diffusion.tdq_test import SCHEDULERS, differences
 from hf_quant.plugins.diffusion.tfm_framework import CachedFeatures
 from hf_quant.recipe import Job, Recipe
@@ -131,6 +134,19 @@ def test_between_timesteps_compiled_and_other_classes() -> None:
         out(model, batch, class_labels=torch.tensor([2, 3]))
 
 
+def test_classes_that_were_named_are_stored_though_no_sample_has_them() -> None:
+    """A few samples for each of many timesteps do not go through ten classes."""
+    model = dit()
+    asked, data = recipe(iterations=0), batches(model)
+    timed = follow_timesteps(model, asked, make_plan(model, asked, Job(data=data)), data, (7,))
+    assert timed is not None
+    assert asked.serving is not None
+    found = features_of(model, asked.serving, timed)
+    assert found is not None
+    assert found.classes == (1, 3, 7)
+    assert {w.shape[1] for w in found.wanted.values()} == {3}
+
+
 def test_more_classes_than_are_stored_keep_the_layers() -> None:
     model = dit()
     quantize(model, recipe(classes=1), job(model))
@@ -209,18 +225,19 @@ def test_claim(name: str, diffusion_judges, claims) -> None:  # type: ignore[no-
 def test_inv_every_scheduler_and_number_of_steps(name: str, diffusion_judges, claims, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     judge = diffusion_judges(name)
     pipeline = judge.pipeline()
-    config = QuantConfig("tfm-framework", bits=8, calibration_steps=10, ranges=10, samples=40, iterations=0)
+    config = QuantConfig("tfm-framework", bits=6, calibration_steps=10, ranges=10, samples=40, iterations=0)
     given: dict[str, Any] = {"class_labels": range(10), "guidance": judge.guidance} if name == "digits-dit" else {}
     hf_quant.quantize(pipeline, config, pictures=0, progress=False, **given)
     assert of(backbone(pipeline), FeatureTable)
     pipeline.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    found = differences(judge, loaded, [(other, steps) for other in SCHEDULERS for steps in (10, 20, 50)])
+    others = SCHEDULERS if name == "digits-dit" else ["DDIM"]  # diffusers' pipeline gives others what they refuse
+    found = differences(judge, loaded, [(other, steps) for other in others for steps in (10, 20, 50)])
     claims.invariant(
         "tfm-framework",
-        "pictures within 0.05 (rms) of full precision's with DDIM, DPM-Solver++ and Euler at 10, 20 and 50 steps, "
-        f"saved, loaded, features stored for DDIM's 10 steps, w8a8, {name}",
+        f"pictures within 0.05 (rms) of full precision's with {', '.join(others)} at 10, 20 and 50 steps, "
+        f"saved, loaded, features stored for DDIM's 10 steps, w6a8, {name}",
         max(found.values()) < 0.05,
         found,
     )
