@@ -61,7 +61,7 @@ class QaLora:
 
     rank: int = 8
     alpha: float = 16.0
-    lr: float = 1e-3
+    lr: float = 1e-4
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
@@ -91,7 +91,7 @@ def qa_lora(
     rank: int = 8,
     steps: int = 200,
     batch_size: int = 8,
-    lr: float = 1e-3,
+    lr: float = 1e-4,
     distill: float = 1.0,
     samples: int = 512,
     length: int = 512,
