@@ -1,6 +1,9 @@
 """Dynamic W8A8 on a trained model with the outlier channels of large ones."""
 
+import pytest
 
+
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """A scale for each token beats one for all, and costs little in absolute terms without outliers."""
     claims.order(

@@ -2,9 +2,12 @@
 
 from statistics import fmean
 
+import pytest
+
 SETTING = {"bits": 3, "group_size": 64}
 
 
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """Well below rounding to nearest, and over three calibration sets no worse than GPTQ by more than the noise.
 

@@ -59,6 +59,7 @@ class Both:
         return q
 
 
+@pytest.mark.slow
 def test_no_layer_of_a_trained_model_is_worse_than_gptq(judge, claims) -> None:  # type: ignore[no-untyped-def]
     spent: list[tuple[float, float]] = []
     recipe = replace(gptq_refined(3, 64), objective=LayerMse(), solver=Both(spent))

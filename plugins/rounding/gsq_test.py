@@ -91,6 +91,7 @@ def more(judge: Judge) -> Judge:
     return replace(judge, samples=42, measured={})
 
 
+@pytest.mark.slow
 def test_claim_in_few_steps(judge, claims) -> None:  # type: ignore[no-untyped-def]
     judge, one = more(judge), {**SETTING, "skip": tuple(f"*layers.{i}.*" for i in (0, 1, 3, 4, 5))}
     ours, gptq = judge.kl("gsq", steps=40, lr=5e-3, **one), judge.kl("gptq", **one)

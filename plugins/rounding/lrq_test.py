@@ -56,6 +56,7 @@ def test_what_is_no_rank_is_refused() -> None:
             Lrq(rank=rank)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_claim_in_few_steps(judge, claims) -> None:  # type: ignore[no-untyped-def]
     ours, rtn = judge.kl("lrq", steps=12, **ROWS), judge.kl("rtn", **ROWS)
     claims.order("lrq", "KL at most 0.7 of rtn's, 4 bits a row, 12 steps", ours=[ours], theirs=[rtn], factor=0.7)

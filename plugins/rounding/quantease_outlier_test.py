@@ -94,6 +94,7 @@ def test_edges() -> None:
 SETTING = {"bits": 2, "group_size": 64}
 
 
+@pytest.mark.slow
 def test_claim_in_few_sweeps(judge, claims) -> None:  # type: ignore[no-untyped-def]
     ours = judge.kl("quantease-outlier", rounds=0, sweeps=3, **SETTING)
     theirs = judge.kl("quantease", sweeps=3, **SETTING)

@@ -71,6 +71,7 @@ class Both:
         return q
 
 
+@pytest.mark.slow
 def test_layer_errors_of_a_trained_model(judge, claims) -> None:  # type: ignore[no-untyped-def]
     spent: list[tuple[float, float]] = []
     recipe = replace(quantease(3, -1), solver=Both(spent))

@@ -48,6 +48,7 @@ def test_invariant_nothing_is_left_beside_the_codes(judge, claims, tmp_path) -> 
     claims.invariant("lr-qat", "merged model is plain integers of rtn's size and loads to the bit", holds, told)
 
 
+@pytest.mark.slow
 def test_a_few_steps_already_help(judge) -> None:
     """From rounding to nearest in the same ranges, at 2 bits, with the default learning rates."""
     begun, model = judge.model(), judge.model()

@@ -115,6 +115,7 @@ def test_without_statistics_nothing_is_clipped() -> None:
     assert q.scale.equal(n.scale)
 
 
+@pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """KL below rounding's; clipping does most of it on a small model, which has no outliers to scale."""
     setting = {"bits": 3, "group_size": 64}
@@ -122,6 +123,7 @@ def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
     claims.order("awq", "KL below rtn's, w3g64, tiny-lm", ours=ours, theirs=theirs, factor=0.95)
 
 
+@pytest.mark.slow
 def test_scaling_alone_undoes_outliers(judge, claims) -> None:  # type: ignore[no-untyped-def]
     """The paper's point without the clipping: large inputs need fine steps."""
     setting = {"bits": 3, "group_size": 64, "outliers": True}

@@ -31,6 +31,7 @@ def test_the_error_never_rises(claims, fit) -> None:  # type: ignore[no-untyped-
         )
 
 
+@pytest.mark.slow
 def test_column_scales_cost_no_bits_and_a_rewritten_model_computes_the_same(judge, claims) -> None:  # type: ignore[no-untyped-def]
     models = [judge.model(), judge.model()]
     for model, config in zip(

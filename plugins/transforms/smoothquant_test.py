@@ -65,6 +65,7 @@ def test_silent_channels_keep_their_scale() -> None:
     assert s.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("static", "plain"), [(False, "dynamic-w8a8"), (True, "int8-default")])
 def test_claim(judge, claims, static: bool, plain: str) -> None:  # type: ignore[no-untyped-def]
     """On a model with outlier channels, smoothing lowers the KL of W8A8 whichever way inputs are scaled."""
