@@ -17,13 +17,13 @@ from itertools import chain
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.errors import CheckpointError, ConfigError, UnsupportedSpec
 from hf_quant.finite import all_finite
 from hf_quant.hadamard import Hadamard
 from hf_quant.product_gradient import gradient_operator
+from hf_quant.products import product
 from hf_quant.qtensor import QTensor
 from hf_quant.runtime.activation import check_input, fake_quantize, input_layout
 from hf_quant.spec import Spec
@@ -219,7 +219,7 @@ class PackedFormat(ABC):
 
     def reference(self, x_TK: Tensor, tensors: Tensors, layer: Layer) -> Tensor:
         """The specification of `linear`, and what runs when no kernel fits."""
-        return F.linear(self.round_input(x_TK, tensors, layer), self.weight(tensors, layer, x_TK.dtype))
+        return product(self.round_input(x_TK, tensors, layer), self.weight(tensors, layer, x_TK.dtype))
 
     def rows(self, ids_T: Tensor, tensors: Tensors, layer: Layer) -> Tensor:
         """Rows of the weight, `[T, K]` float32 (a lookup). A format whose rows can be cut out does better than this."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from hf_quant.products import product
+
 if TYPE_CHECKING:
     from hf_quant.formats import Kernel, Layer, PackedFormat, Tensors
 
@@ -30,7 +32,7 @@ def gradient_operator(
         chosen = kernels.get(kernel)
         if isinstance(chosen, Differentiating):
             return chosen.gradient(grad, named, blob, whole)
-        return grad @ fmt.weight(named | fmt.restore(blob, whole, kernel), whole, grad.dtype)
+        return product(grad, fmt.weight(named | fmt.restore(blob, whole, kernel), whole, grad.dtype).T)
 
     def shape(grad: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
         return grad.new_empty(grad.shape[0], key_of(rest[2]).shape[1])

@@ -98,6 +98,7 @@ KERNELS_MAY_IMPORT = (
     "hf_quant.grids",
     "hf_quant.hadamard",
     "hf_quant.kernels",
+    "hf_quant.products",
     "hf_quant.qtensor",
     "hf_quant.runtime.activation",
     "hf_quant.spec",

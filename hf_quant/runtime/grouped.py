@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.formats import ALONE, Grouping, Layer, PackedFormat, format_named
+from hf_quant.products import product
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.packed import local
 
@@ -171,7 +172,7 @@ def _backward(
             W_NK = fmt.weight(named, whole, grad.dtype)
         else:
             W_NK = _grouping(fmt, kernel).dense([t[e] for t in blob], whole, grad.dtype)
-        result[rows] = grad[rows] @ W_NK
+        result[rows] = product(grad[rows], W_NK.T)
     return result.view(*chosen.shape, whole.shape[1]).sum(1)
 
 

@@ -5,7 +5,6 @@ from math import gcd
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
@@ -13,12 +12,13 @@ from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels.int_group import int4pack
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits, words
 from hf_quant.kernels.int_group.reference import SLICE, zero_codes
+from hf_quant.products import multiplies_bfloat16, operand, product, sums
 from hf_quant.runtime.activation import fake_quantize
 
 # Up to these token counts torch's native products are faster than dequantizing once and multiplying: README.md has the
-# measurements (2048 x 2048 and 1024 x 4096, one AVX512 core, bfloat16).
-INT4_TOKENS = 144
-INT8_TOKENS = 40
+# measurements (2048 x 2048 and 1024 x 4096, bfloat16, one core with AVX-512 and its BF16, and one with AVX2 alone).
+INT4_TOKENS = 144 if multiplies_bfloat16() else 224
+INT8_TOKENS = 40 if multiplies_bfloat16() else 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Int4Cpu:
 
     def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
         """See `Describing.describe`."""
-        return (INT4_TOKENS, "torch's 4-bit product"), (None, "dequantized some rows at a time, bfloat16 products")
+        return (INT4_TOKENS, "torch's 4-bit product"), (None, f"dequantized some rows at a time, {sums()} products")
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
@@ -79,7 +79,7 @@ class Int4Cpu:
     def gradient(self, grad_TN: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Differentiating.gradient`: some whole groups of columns dequantized at a time."""
         (N, K), group = layer.shape, _native_group(layer) or 1
-        grad_TK = grad_TN.new_empty(grad_TN.shape[0], K)
+        grad, grad_TK = operand(grad_TN), grad_TN.new_empty(grad_TN.shape[0], K)
         scale_GN = _by_group(tensors["scale"].float(), layer, N)
         zero_GN = _by_group(_zero(tensors, layer).expand_as(tensors["scale"]), layer, N)
         step = max(1, SLICE // max(1, N * group))  # groups
@@ -88,21 +88,22 @@ class Int4Cpu:
             columns = slice(groups.start * group, groups.stop * group)
             W_GgN = int4pack.columns(blob[0], columns).view(-1, group, N).float()
             W_GgN.sub_(zero_GN[groups, None]).mul_(scale_GN[groups, None])
-            grad_TK[:, columns] = grad_TN @ W_GgN.view(-1, N).to(grad_TN.dtype).T
+            grad_TK[:, columns] = grad @ W_GgN.view(-1, N).to(grad_TN.dtype).to(grad.dtype).T
         return grad_TK
 
     def _dequantized(self, x_TK: Tensor, tensors: Tensors, packed: Tensor, layer: Layer) -> Tensor:
         """`x W^T`, rows of W dequantized as they are needed: the same bits as the reference's, without its matrix."""
         N, K = layer.shape
-        y_TN = x_TK.new_empty(x_TK.shape[0], N)
+        x = operand(x_TK)
+        y_TN = x.new_empty(len(x), N)
         # in the order of the columns: strided ranges cost more than the product
         scale_GN = _by_group(tensors["scale"].to(_product_type(layer)), layer, N).contiguous()
         zero_GN = _by_group(_zero(tensors, layer).to(x_TK.dtype).expand_as(tensors["scale"]), layer, N).contiguous()
         for rows in _slices(layer):
             W_GgN = int4pack.differences(packed[rows], zero_GN[:, rows]).to(scale_GN.dtype)
             W_GgN.mul_(scale_GN[:, None, rows])
-            torch.mm(x_TK, W_GgN.view(K, -1).to(x_TK.dtype), out=y_TN[:, rows])
-        return y_TN
+            torch.mm(x, W_GgN.view(K, -1).to(x_TK.dtype).to(x.dtype), out=y_TN[:, rows])
+        return y_TN.to(x_TK.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +138,14 @@ class Int8Cpu:
 
     def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
         """See `Describing.describe`."""
-        return (INT8_TOKENS, "torch's 8-bit product"), (None, "dequantized, then a bfloat16 product")
+        return (INT8_TOKENS, "torch's 8-bit product"), (None, f"dequantized, then a {sums()} product")
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
         weight, scale = blob
         x_TK = fake_quantize(x_TK, layer.inputs, tensors).contiguous()
         if not 1 <= x_TK.shape[0] <= INT8_TOKENS:
-            return F.linear(x_TK, weight.to(x_TK.dtype).mul_(scale[:, None]))
+            return product(x_TK, weight.to(x_TK.dtype).mul_(scale[:, None]))
         y_TN: Tensor = torch.ops.aten._weight_int8pack_mm(x_TK, weight, scale)
         return y_TN
 

@@ -11,6 +11,7 @@ from hf_quant.kernels._cpu import layout
 from hf_quant.kernels._cpu.kernel import SLICE, NativeKernel
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.int_group.reference import zero_codes
+from hf_quant.products import operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Native(NativeKernel):
         (N, K), group = layer.shape, layer.weights.block_size(layer.shape)[1]
         scale, zero = (t.expand(N, -1) for t in self.ranges(tensors, layer))
         grad_TK, inputs = grad_TN.new_empty(grad_TN.shape[0], K), layout.block(self.kind(layer))[1]
+        grad = operand(grad_TN)
         step = max(1, SLICE // max(1, N * group)) * group if group < K else max(8, SLICE // N // 8 * 8)
         for first in range(0, K, step):
             columns = slice(first, min(first + step, K))
@@ -48,5 +50,5 @@ class Native(NativeKernel):
             W = self.unpacked(blocks, layer)[:N, : columns.stop - first].float()
             index = torch.arange(first, columns.stop) // group
             W = W.sub_(zero[:, index]).mul_(scale[:, index])
-            grad_TK[:, columns] = grad_TN @ W.to(grad_TN.dtype)
+            grad_TK[:, columns] = grad @ W.to(grad_TN.dtype).to(grad.dtype)
         return grad_TK

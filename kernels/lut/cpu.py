@@ -13,6 +13,7 @@ from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import CodebookGrid, FloatGrid, TableGrid
 from hf_quant.kernels.int_group.bitstream import unpack_bits
 from hf_quant.kernels.lut.decode import table_grid
+from hf_quant.products import operand
 from hf_quant.runtime.activation import fake_quantize
 from hf_quant.spec import Spec
 
@@ -54,7 +55,8 @@ class TableCpu:
         data_NB = tensors["qweight"].contiguous().view(torch.uint8)
         scale, tensor_scale = _scales(tensors["scale"], spec, kind), tensors.get("tensor_scale")
         table = blob[0].view(ENTRY[blob[0].shape[1]]).flatten()
-        y_TN, row = x_TK.new_empty(len(x_TK), N), _block_of_row(layer)
+        x, row = operand(x_TK), _block_of_row(layer)
+        y_TN = x.new_empty(len(x), N)
         for rows in _slices(0, N, K, MULTIPLIED):
             W_RK = x_TK.new_empty(rows.stop - rows.start, K)
             for part in _slices(rows.start, rows.stop, K, DECODED):
@@ -67,8 +69,8 @@ class TableCpu:
                 else:
                     _times(values, own, spec, values)
                     here.copy_(values if tensor_scale is None else values.mul_(tensor_scale))
-            torch.mm(x_TK, W_RK.T, out=y_TN[:, rows])
-        return y_TN
+            torch.mm(x, W_RK.to(x.dtype).T, out=y_TN[:, rows])
+        return y_TN.to(x_TK.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ class CodebookCpu:
         assert isinstance(grid, CodebookGrid)  # noqa: S101  `holds` has checked it
         levels = tensors["codebook"].to(x_TK.dtype).flatten()
         row, first = _block_of_row(layer).int()[:, None, None], torch.arange(kb, dtype=torch.int32)[:, None]
-        y_TN = x_TK.new_empty(len(x_TK), N)
+        x = operand(x_TK)
+        y_TN = x.new_empty(len(x), N)
         for rows in _slices(0, N, K, MULTIPLIED):
             W_RK = x_TK.new_empty(rows.stop - rows.start, K)
             for part in _slices(rows.start, rows.stop, K, DECODED):
@@ -102,8 +105,8 @@ class CodebookCpu:
                 codes += (row[part] * kb + first) << grid.bits
                 here = W_RK[part.start - rows.start : part.stop - rows.start]
                 torch.index_select(levels, 0, codes.flatten(), out=here.view(-1))
-            torch.mm(x_TK, W_RK.T, out=y_TN[:, rows])
-        return y_TN
+            torch.mm(x, W_RK.to(x.dtype).T, out=y_TN[:, rows])
+        return y_TN.to(x_TK.dtype)
 
 
 def _refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
 from hf_quant.kernels.hadamard.op import rotate
 from hf_quant.kernels.lut.decode import unpack
+from hf_quant.products import product
 from hf_quant.runtime.activation import fake_quantize
 
 
@@ -35,4 +35,4 @@ class RotatedInput:
         v_TK = rotate(fake_quantize(x_TK, layer.inputs, tensors), layer.weights.rotation)
         q = unpack(tensors, layer)
         stored = replace(q, spec=replace(q.spec, rotation=None))
-        return F.linear(v_TK, stored.dequantize(x_TK.dtype))
+        return product(v_TK, stored.dequantize(x_TK.dtype))

@@ -1,0 +1,41 @@
+"""The type in which a CPU multiplies: it sums products of bfloat16 in float32, or has instructions of float32 only."""
+
+import platform
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW = 4  # rows up to which torch's bfloat16 product, which then reads half the bytes, is as fast as float32's
+SLICE = 1 << 19  # weights widened at once: they stay in the cache
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has products of bfloat16; an x86 without them takes 4 times as long for them as for float32."""
+    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported()
+
+
+def sums() -> str:
+    """The type of the products that `operand` makes of many rows in bfloat16."""
+    return "bfloat16" if multiplies_bfloat16() else "float32"
+
+
+def operand(x_TK: Tensor) -> Tensor:
+    """What to multiply in place of x: x, or its float32 where that product is faster, and as exact before rounding."""
+    wide = x_TK.device.type == "cpu" and x_TK.dtype == torch.bfloat16 and len(x_TK) > FEW
+    return x_TK.float() if wide and not multiplies_bfloat16() else x_TK
+
+
+def product(x_TK: Tensor, W_NK: Tensor) -> Tensor:
+    """`x W^T` in their type."""
+    x = operand(x_TK)
+    if x is x_TK:
+        return F.linear(x_TK, W_NK)
+    N, K = W_NK.shape
+    y_TN = x.new_empty(len(x), N)
+    step = max(1, SLICE // max(1, K))
+    for first in range(0, N, step):
+        torch.mm(x, W_NK[first : first + step].float().T, out=y_TN[:, first : first + step])
+    return y_TN.to(x_TK.dtype)
