@@ -13,7 +13,7 @@ from hf_quant.diffusion.drawing import Drawing
 from hf_quant.diffusion.foreseen import with_features
 from hf_quant.diffusion.pipelines import configs_of, is_pipeline, quantize_pipeline
 from hf_quant.errors import ConfigError, UnsupportedModel
-from hf_quant.integrations.finish import refuse_quantized, run_quantizer
+from hf_quant.integrations.finish import refuse_quantized, run_quantizer, with_tokenizer
 from hf_quant.plan import Plan, make_plan
 from hf_quant.recipe import Recipe, refuse_untrained
 from hf_quant.report import Report
@@ -92,7 +92,7 @@ def quantize(
         raise ConfigError(
             "prompts, class_labels, guidance and arguments are a pipeline's; a network alone takes data=[batches]"
         )
-    job = config.job(data=data, processor=processor, progress=progress)
+    job = with_tokenizer(config.job(data=data, processor=processor, progress=progress), model)
     return run_quantizer(model, config, config.quantizer().quantize, job)
 
 
@@ -162,7 +162,7 @@ def finetune(
             "the model is quantized already: train an adapter on it with PEFT (hf_quant.prepare_for_training), or "
             "fine-tune the original"
         )
-    job = config.job(data=data, processor=processor, progress=progress)
+    job = with_tokenizer(config.job(data=data, processor=processor, progress=progress), model)
     return run_quantizer(model, config, config.quantizer().finetune, job)
 
 
@@ -170,18 +170,22 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Back to plain float layers holding the dequantized weights; the model is no longer a quantized one.
 
     Args:
-        model: a quantized model.
+        model: a quantized model, or a `PeftModel` on one, whose adapters stay.
         dtype: of the weights, those that were never quantized too; None: what the model computes in.
+
+    Returns:
+        The model, changed in place.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is None:
         raise UnsupportedModel("the model is not quantized")
-    before = getattr(model, "dtype", None)
-    dequantized: nn.Module = quantizer.dequantize(model, dtype)
-    for parameter in dequantized.parameters():
+    before = getattr(base, "dtype", None)
+    quantizer.dequantize(base, dtype)
+    for parameter in model.parameters():
         if dtype is not None and parameter.dtype == before:  # what a model keeps in another type stays in it
             parameter.data = parameter.data.to(dtype)
-    return dequantized
+    return model
 
 
 def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """What a user calls on models, where no other test looks."""
 
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import hf_quant
 from hf_quant import QuantConfig
+from hf_quant.errors import CalibrationError, UnsupportedModel
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -52,3 +56,25 @@ def test_dequantized_into_another_type_a_model_still_runs(model: torch.nn.Module
     found = plain(tokens).logits
     assert found.dtype == torch.float32
     assert float((found - expected).norm() / expected.norm()) < 0.03  # bfloat16's own error
+
+
+@torch.no_grad()
+def test_a_quantized_model_is_pickled_whole(model: torch.nn.Module) -> None:
+    tokens = torch.arange(24).reshape(1, 24)
+    hf_quant.quantize(model, QuantConfig("rtn", group_size=16))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert again.config.quantization_config == model.config.quantization_config
+
+
+def test_what_is_compiled_already_is_refused(model: torch.nn.Module) -> None:
+    """Its layers are named otherwise, so the saved model would not load."""
+    with pytest.raises(UnsupportedModel, match=r"torch\.compile"):
+        hf_quant.quantize(torch.compile(model, backend="eager"), QuantConfig("rtn", group_size=16))
+    assert not hasattr(model, "hf_quantizer")
+
+
+def test_texts_are_read_by_the_tokenizer_beside_the_model(tiny_lm_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_lm_path)
+    with pytest.raises(CalibrationError, match="too short: 4 tokens"):
+        hf_quant.quantize(model, QuantConfig("gptq"), data=["a list of numbers"])

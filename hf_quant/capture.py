@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hf_quant.errors import UnsupportedModel
+from hf_quant.errors import CalibrationError, HfQuantError, UnsupportedModel
 from hf_quant.stages.sampler import Batch, model_inputs_of, token_tags
 from hf_quant.stats import Seen, Stat, State
 
@@ -148,6 +148,7 @@ def record(
 
     Raises:
         UnsupportedModel: a block runs twice in one forward, or not on the same terms on every batch.
+        CalibrationError: the model's forward refuses a batch.
     """
     recording = Recording()
 
@@ -168,6 +169,13 @@ def record(
         try:
             with watching(model, sites, see):
                 run_model(model, batch, device)
+        except HfQuantError:
+            raise
+        except (TypeError, ValueError) as error:
+            given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
+            raise CalibrationError(
+                f"{type(model).__name__} cannot run on calibration batch {index} ({given}): {error}"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,10 +1,10 @@
 """QuantConfig: the one thing a user passes, to transformers and to diffusers alike."""
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -16,7 +16,10 @@ from hf_quant.errors import CheckpointError, ConfigError
 from hf_quant.method import method_named
 from hf_quant.recipe import HfQuantizer, Job, Recipe
 
+T = TypeVar("T")
 VERSION = 1  # of the JSON; a newer one is refused
+# What `QuantConfig` takes of every method, for those who look for `dataset`, `ignore` or `modules_to_not_convert`.
+COMMON = ("budget", "calibration", "processor", "skip", "overrides", "allow", "seed", "device", "run_dir")
 
 
 class QuantMethod(enum.StrEnum):
@@ -63,9 +66,9 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
         group_size: int | None = None,
         calibration: Any = None,  # noqa: ANN401
         processor: Any = None,  # noqa: ANN401
-        skip: Sequence[str] = (),
+        skip: Sequence[str] | None = (),
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
-        allow: Sequence[str] = (),
+        allow: Sequence[str] | None = (),
         seed: int = 0,
         device: str | torch.device | None = None,
         run_dir: str | Path | None = None,
@@ -92,12 +95,12 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
         self.bits, self.group_size = bits, group_size
         self.budget = None if budget is None else Budget.read(budget)
         self.skip, self.allow = _globs("skip", skip), _globs("allow", allow)
-        self.overrides = {k: None if v is None else dict(v) for k, v in (overrides or {}).items()}
+        self.overrides = _overrides(overrides)
         self.seed = seed
         self.arguments = dict(arguments)
         self.calibration = Calibration(calibration, processor)  # a handle: never copied, never saved
-        self.device = None if device is None else torch.device(device)
-        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.device = _read("device", device, torch.device, "a device of torch, such as 'cuda:0'")
+        self.run_dir = _read("run_dir", run_dir, Path, "the path of a folder")
         if sites is None:
             if not isinstance(seed, int):
                 raise ConfigError(f"seed={seed!r}: an integer")
@@ -112,7 +115,7 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
 
     def quantizer(self) -> HfQuantizer:
         """The method applied to its arguments."""
-        return _build(str(self.method), self.given, self.budget)
+        return _build(str(self.method), self.given, self.budget, beside=COMMON)
 
     def overridden(self) -> dict[str, Recipe | None]:
         """Glob -> recipe, in order. One without an allocator is what its layers get, whatever the others do."""
@@ -188,10 +191,12 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
         return f"QuantConfig({', '.join(parts + ([f'seed={self.seed}'] if self.seed else []))})"
 
 
-def _build(name: str, given: dict[str, Any], budget: Budget | None, *, strict: bool = True) -> HfQuantizer:
+def _build(
+    name: str, given: dict[str, Any], budget: Budget | None, *, beside: tuple[str, ...] = (), strict: bool = True
+) -> HfQuantizer:
     """`strict=False`: a method that a budget cannot steer keeps its own width."""
     found = method_named(name)
-    arguments = found.arguments(given)
+    arguments = found.arguments(given, beside)
     try:
         with torch.device("cpu"):  # where a model is loaded the default is meta, and levels are computed here
             if budget is not None and (strict or "bits" in found.signature.parameters):
@@ -213,8 +218,26 @@ def _check_origin(quant_method: str | None, version: int) -> None:
         )
 
 
-def _globs(name: str, given: Sequence[str]) -> tuple[str, ...]:
-    globs = (given,) if isinstance(given, str) else tuple(given)
-    if any(not isinstance(g, str) for g in globs):
+def _globs(name: str, given: Any) -> tuple[str, ...]:  # noqa: ANN401  as it was given
+    globs = (given,) if isinstance(given, str) else () if given is None else given
+    if not isinstance(globs, Collection) or not all(isinstance(g, str) for g in globs):
         raise ConfigError(f"{name}={given!r}: a list of globs such as 'model.layers.0.*'")
-    return globs
+    return tuple(globs)
+
+
+def _overrides(given: Any) -> dict[str, dict[str, Any] | None]:  # noqa: ANN401  as it was given
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or any(not isinstance(v, Mapping | None) for v in given.values()):
+        raise ConfigError(
+            f"overrides={given!r}: a dict of globs such as {{'*.down_proj': {{'bits': 8}}, 'model.layers.0.*': None}}, "
+            "where None keeps a layer as it is"
+        )
+    return {glob: None if own is None else dict(own) for glob, own in given.items()}
+
+
+def _read(name: str, given: object, make: Callable[[Any], T], wanted: str) -> T | None:
+    """What `make` makes of a setting that was given."""
+    try:
+        return None if given is None else make(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{name}={given!r}: {wanted} ({error})") from None

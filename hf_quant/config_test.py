@@ -2,12 +2,15 @@
 
 import copy
 import json
+from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
 
 from hf_quant.config import VERSION, QuantConfig
 from hf_quant.errors import CheckpointError, ConfigError
+from hf_quant.method import _METHODS, Paper, method
 from hf_quant.recipe import Recipe
 
 
@@ -42,6 +45,17 @@ def test_json_both_ways(config: QuantConfig) -> None:
         ({"method": "gptq", "bits": 0}, "1 to 8 bits"),
         ({"method": "gptq", "group_size": 0}, "group_size=0"),
         ({"method": "rtn", "seed": "x"}, "seed"),
+        ({"method": "GPTQ"}, "did you mean 'gptq'"),
+        ({"method": "gptq", "modules_to_not_convert": ["lm_head"]}, "of every method: .*calibration.*skip"),
+        ({"method": "gptq", "calibrations": []}, "did you mean 'calibration'"),
+        ({"method": "gptq", "act_order": "no"}, "act_order='no': method 'gptq' takes true or false here"),
+        ({"method": "gptq", "damp": "1%"}, "damp='1%': method 'gptq' takes a number here"),
+        ({"method": "gptq", "bits": True}, "bits=True: method 'gptq' takes an integer here"),
+        ({"method": "rtn", "device": "gpu"}, "device='gpu': a device of torch"),
+        ({"method": "rtn", "run_dir": 5}, "run_dir=5: the path of a folder"),
+        ({"method": "rtn", "skip": 3}, "skip=3: a list of globs"),
+        ({"method": "rtn", "overrides": ["lm_head"]}, r"overrides=\['lm_head'\]: a dict of globs"),
+        ({"method": "rtn", "overrides": {"*": 4}}, r"overrides=\{'\*': 4\}: a dict of globs"),
         ({"method": "rtn", "skip": [3]}, "skip"),
         ({"method": "rtn", "overrides": {"*": {"bit": 3}}}, "did you mean 'bits'"),
     ],
@@ -49,6 +63,25 @@ def test_json_both_ways(config: QuantConfig) -> None:
 def test_bad_arguments_are_one_clear_error(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantConfig(**arguments)  # type: ignore[arg-type]
+
+
+def test_arguments_are_of_the_types_that_the_method_names() -> None:
+    @method("typed", paper=Paper(None, "none"), domains={"llm"}, claim="none")
+    def build(
+        rate: float = 1.0, steps: int | None = None, kind: Literal["a", 2] = "a", rest: Sequence[int] = ()
+    ) -> Recipe:
+        raise NotImplementedError
+
+    typed = _METHODS.pop("typed")
+    fine = {"rate": 1, "steps": None, "kind": 2, "rest": [1]}
+    assert typed.arguments(fine) == fine
+    for wrong in ({"rate": "1"}, {"rate": True}, {"steps": 1.0}, {"kind": "b"}, {"kind": 2.0}):
+        with pytest.raises(ConfigError, match=r"takes (a number|an integer or nothing|one of 'a', 2) here"):
+            typed.arguments(wrong)
+
+
+def test_nothing_to_skip_or_to_override_may_be_none() -> None:
+    assert QuantConfig("rtn", skip=None, allow=None, overrides=None) == QuantConfig("rtn")
 
 
 def test_foreign_and_newer_configs_are_refused() -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hf_quant.errors import ConfigError
 from hf_quant.recipe import HfQuantizer
@@ -45,19 +46,23 @@ class Method:
         """The method's configuration: its parameters and their defaults."""
         return inspect.signature(self.build)
 
-    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
-        """`given` completed with the defaults.
+    def arguments(self, given: dict[str, Any], beside: tuple[str, ...] = ()) -> dict[str, Any]:
+        """`given` completed with the defaults; `beside` are the names that whoever asks takes itself.
 
         Raises:
-            ConfigError: an unknown argument (with the nearest name) or a missing one.
+            ConfigError: an unknown argument (with the nearest name), a missing one, or a value of another type.
         """
         known = self.signature.parameters
-        for name in given:
+        kinds = get_type_hints(self.build)
+        for name, value in given.items():
             if name not in known:
+                others = f"; of every method: {', '.join(beside)}" if beside else ""
                 raise ConfigError(
-                    f"method {self.id!r} has no argument {name!r}{did_you_mean(name, known)}; "
-                    f"it takes: {', '.join(known) or 'none'}"
+                    f"method {self.id!r} has no argument {name!r}{did_you_mean(name, [*known, *beside])}; "
+                    f"it takes: {', '.join(known) or 'none'}{others}"
                 )
+            if name in kinds and not _fits(value, kinds[name]):
+                raise ConfigError(f"{name}={value!r}: method {self.id!r} takes {_in_words(kinds[name])} here")
         bound = {n: given.get(n, p.default) for n, p in known.items()}
         missing = [n for n, v in bound.items() if v is inspect.Parameter.empty]
         if missing:
@@ -67,8 +72,35 @@ class Method:
 
 def did_you_mean(name: str, known: Any) -> str:  # noqa: ANN401  any iterable of names
     """`, did you mean 'x'?` or nothing."""
-    close = get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    lowered = {k.lower(): k for k in known}
+    close = get_close_matches(name.lower(), lowered, n=1)
+    return f", did you mean {lowered[close[0]]!r}?" if close else ""
+
+
+def _fits(value: object, kind: Any) -> bool:  # noqa: ANN401  an annotation
+    """Whether a value is of the annotated type; one that is not looked into here takes all."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(a) and value == a for a in get_args(kind))
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:  # noqa: ANN401  an annotation
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_in_words(k) for k in get_args(kind))
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(kind)))
+    words: dict[Any, str] = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "a text",
+        NoneType: "nothing",
+    }
+    return words.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def method(

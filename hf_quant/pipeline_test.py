@@ -102,6 +102,9 @@ def test_overrides_and_skip_decide_layer_by_layer() -> None:
     [
         ({"skip": ["*.q_porj"]}, ConfigError, "matches no layer"),
         ({"overrides": {"*.nothing": None}}, ConfigError, "matches no layer"),
+        ({"skip": ["q_proj"]}, ConfigError, r"did you mean '\*\.q_proj'"),
+        ({"skip": ["model.layers.0"]}, ConfigError, r"did you mean 'model\.layers\.0\.\*'"),
+        ({"overrides": {"lm_head.weight": None}}, ConfigError, "did you mean 'lm_head'"),
         ({"skip": ["*"]}, UnsupportedModel, "nothing to quantize"),
     ],
 )
@@ -119,6 +122,12 @@ def test_calibrated_methods_ask_for_data() -> None:
     config = QuantConfig("gptq")
     with pytest.raises(CalibrationError):
         config.quantizer().quantize(small_llama(), config.job())
+
+
+def test_a_batch_that_the_model_does_not_take_is_named() -> None:
+    config = QuantConfig("gptq", group_size=16, bits=3)
+    with pytest.raises(CalibrationError, match=r"cannot run on calibration batch 0 \(ids \[6, 24\]\): .*input_ids"):
+        config.quantizer().quantize(small_llama(), config.job(data=[{"ids": IDS}], progress=False))
 
 
 def test_weights_that_are_not_numbers_are_refused() -> None:

@@ -149,7 +149,7 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
             chosen.setdefault(table, chosen.pop(end))
     for pattern in job.skip:
         if not any(fnmatchcase(n, pattern) for n in named):
-            raise ConfigError(f"skip pattern {pattern!r} matches no layer{did_you_mean(pattern, named)}")
+            raise ConfigError(f"skip pattern {pattern!r} matches no layer{_wider(pattern, named)}")
     sites: dict[str, SitePlan] = {}
     reasons: dict[str, str] = {}
     problems: list[str] = []
@@ -330,7 +330,16 @@ def _overrides(names: Sequence[str], job: Job) -> dict[str, Recipe | None]:
     for pattern, own in job.overrides.items():
         hits = [n for n in names if fnmatchcase(n, pattern)]
         if not hits:
-            raise ConfigError(f"override pattern {pattern!r} matches no layer{did_you_mean(pattern, names)}")
+            raise ConfigError(f"override pattern {pattern!r} matches no layer{_wider(pattern, names)}")
         for name in hits:
             chosen.setdefault(name, own)
     return chosen
+
+
+def _wider(pattern: str, names: Sequence[str]) -> str:
+    """What to try instead: a glob matches whole names, so the end or the beginning of one matches nothing."""
+    bare = pattern.removesuffix(".weight")
+    for wider in (bare, f"*.{bare}", f"{bare}.*", f"*.{bare}.*"):
+        if any(fnmatchcase(n, wider) for n in names):
+            return f", did you mean {wider!r}?"
+    return did_you_mean(pattern, names)

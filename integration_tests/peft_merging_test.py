@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_quant
+from hf_quant import QuantConfig
 from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.runtime import packed as packed_module
-from integration_tests.peft_tuners_test import IDS, LINEARS, llama, loss
+from integration_tests.peft_tuners_test import IDS, LINEARS, float_llama, llama, loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of PEFT
 
@@ -60,6 +61,44 @@ def test_merge_keeps_the_grid_and_unmerge_is_exact(options, tmp_path: Path) -> N
     assert all(torch.equal(t, before[n]) for n, t in tensors(model).items())
     assert torch.equal(model(IDS).logits, want)
     assert "merged" not in model.get_base_model().hf_quantizer.quantization_config.made_by
+
+
+def test_only_adapters_that_are_there_are_merged() -> None:
+    model = tuned(llama())
+    before = tensors(model)
+    with pytest.raises(ConfigError, match="no adapter 'defualt', did you mean 'default'"):
+        hf_quant.merge_adapter(model, ["defualt"])
+    assert all(torch.equal(t, before[n]) for n, t in tensors(model).items())
+    assert all(m.how != "unchanged" for m in hf_quant.merge_adapter(model, "default"))
+
+
+def test_an_adapter_saved_while_it_is_merged_is_of_the_base_it_was_trained_on(tmp_path: Path, caplog) -> None:
+    model = tuned(llama())
+    hf_quant.merge_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+    assert "other codes" not in caplog.text
+    PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path / "adapter")
+    assert "other codes" in caplog.text
+
+
+@torch.no_grad()
+def test_under_adapters_a_base_is_dequantized() -> None:
+    model = tuned(llama())
+    want = model(IDS).logits
+    assert hf_quant.dequantize(model) is model
+    assert torch.allclose(model(IDS).logits, want, atol=1e-5)
+    assert not any(isinstance(m, packed_module.Packed) for m in model.modules())
+
+
+def test_a_model_with_adapters_is_not_quantized() -> None:
+    """The matrices of the adapters would be, too."""
+    model = tuned(float_llama())
+    with pytest.raises(UnsupportedModel, match=r"q_proj holds an adapter.*merge_and_unload"):
+        hf_quant.quantize(model, QuantConfig("rtn", group_size=32))
+    plain = model.merge_and_unload()
+    hf_quant.quantize(plain, QuantConfig("rtn", group_size=32))
+    assert plain.hf_quantizer is not None
 
 
 @torch.no_grad()

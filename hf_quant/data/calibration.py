@@ -57,7 +57,9 @@ class Calibration:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calibration":
         return self
 
-    def __reduce__(self) -> tuple[()]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.data is None:  # a quantized model is pickled together with its config, which holds none
+            return Calibration, (None, self.processor)
         raise TypeError("calibration data is never serialized; save the config without it and pass the data again")
 
     def __repr__(self) -> str:

@@ -223,6 +223,8 @@ class TestErrors:
     def test_texts_without_a_tokenizer(self):
         with pytest.raises(CalibrationError, match="processor=tokenizer"):
             token_windows(TEXTS, None, 2, 4, 0)
+        with pytest.raises(CalibrationError, match="not its name: this is 'tiny-lm'"):
+            token_windows(TEXTS, "tiny-lm", 2, 4, 0)
 
     def test_a_used_up_iterator(self, tokenizer):
         texts = iter(TEXTS)
@@ -303,6 +305,7 @@ class TestHandle:
     def test_is_never_serialized(self):
         with pytest.raises(TypeError, match="never serialized"):
             pickle.dumps(Calibration(TEXTS))
+        assert pickle.loads(pickle.dumps(Calibration(None))).data is None
 
     def test_fingerprint_is_of_what_was_drawn(self, tokenizer):
         handle = Calibration(TEXTS)

@@ -146,8 +146,8 @@ def tokenize(texts: Iterator[Item], processor: Processor, enough: int) -> Tensor
     tokenizer = getattr(processor, "tokenizer", processor)
     if not callable(tokenizer):
         raise CalibrationError(
-            "texts need the model's tokenizer: pass processor=tokenizer to hf_quant.quantize, "
-            "or calibration=hf_quant.Calibration(texts, processor=tokenizer), or token ids"
+            "texts need the model's tokenizer: pass processor=tokenizer beside them, or token ids"
+            + ("" if tokenizer is None else f" (a tokenizer, not its name: this is {tokenizer!r})")
         )
     eos = getattr(tokenizer, "eos_token_id", None)
     stream: list[int] = []

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from hf_quant.errors import UnsupportedModel
+from hf_quant.integrations.merging import before_merge
 from hf_quant.runtime.packed import Packed, local
 
 FILE = "hf_quant.json"
@@ -30,16 +31,18 @@ def identity(model: nn.Module) -> dict[str, Any]:
     """What an adapter of this model depends on: shapes and specs of the packed layers, and a checksum of their codes.
 
     The checksum is of the first 4 KiB of each layer's tensors: enough to tell two models apart, cheap for large ones.
+    While adapters are merged it is of what they were trained on.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     layers: dict[str, list[Any]] = {}
-    crc = 0
+    crc, before = 0, before_merge(model)
     for name, module in base.named_modules():
         if isinstance(module, Packed):
             key = name.replace(".base_layer", "")
             layers[key] = [list(module.matrix_shape), module.format.id, module.layer.weights.to_json()]
             if not module.qweight.is_meta:
-                start = local(module.qweight).detach().flatten()[:1024].cpu().contiguous()
+                codes = before.get(id(module), {}).get("qweight", module.qweight)
+                start = local(codes).detach().flatten()[:1024].cpu().contiguous()
                 crc = zlib.crc32(start.view(torch.uint8).numpy().tobytes(), crc)
     config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
     return {

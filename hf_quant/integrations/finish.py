@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from hf_quant import checkpoint
 from hf_quant.config import QuantConfig
@@ -34,8 +35,37 @@ def refuse_quantized(model: Any) -> None:  # noqa: ANN401
         )
 
 
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises `UnsupportedModel` for what lies around or inside a model and would be quantized, or saved, with it."""
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel(
+            "this is what torch.compile made of a model, whose layers have other names: quantize the model that was "
+            "given to it, then compile that"
+        )
+    adapted = next((name for name, m in model.named_modules() if hasattr(m, "base_layer")), None)
+    if adapted is not None:
+        raise UnsupportedModel(
+            f"{adapted} holds an adapter, whose matrices would be quantized too: merge it first "
+            "(model = model.merge_and_unload()), or quantize the base model and load the adapter onto it"
+        )
+
+
+def with_tokenizer(job: Job, model: Any) -> Job:  # noqa: ANN401
+    """The job with the tokenizer that lies beside a model of transformers: none was given, and texts may need one."""
+    name = getattr(model, "name_or_path", None)
+    if not name or job.processor is not None or job.data is None or isinstance(job.data, Tensor | np.ndarray):
+        return job
+    from transformers import AutoTokenizer
+
+    try:
+        return replace(job, processor=AutoTokenizer.from_pretrained(name))
+    except (OSError, ValueError):
+        return job  # whoever reads texts then says that it needs one
+
+
 def run_quantizer(model: nn.Module, config: QuantConfig, run: Callable[[nn.Module, Job], Report], job: Job) -> Report:
     """Run a quantizer on a model in memory, and make it one that its library knows as quantized."""
+    refuse_wrapped(model)
     require_finite(model)
     report = run(model, job)
     report = finish(model, quantizer_of(model, config), report)

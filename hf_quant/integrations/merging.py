@@ -5,7 +5,7 @@ Here the merged weight is a new weight to quantize: it is exact where the adapte
 zero points, else the solver that made the layer solves it again, on statistics where there are some.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_quant.capture import collect, run_model
 from hf_quant.config import QuantConfig
 from hf_quant.coverage import matches
 from hf_quant.errors import ConfigError, NotSupported, UnsupportedModel
+from hf_quant.method import did_you_mean
 from hf_quant.qtensor import QTensor, as_blocks, nearest, with_outer, without_outer
 from hf_quant.recipe import Recipe
 from hf_quant.report import Entry, Report
@@ -51,7 +52,7 @@ class Merged:
 @torch.no_grad()
 def merge_adapter(
     model: nn.Module,
-    adapters: list[str] | None = None,
+    adapters: str | Sequence[str] | None = None,
     *,
     data: Any = None,  # noqa: ANN401  many kinds, see QuantConfig
     processor: Any = None,  # noqa: ANN401
@@ -74,10 +75,16 @@ def merge_adapter(
     Raises:
         UnsupportedModel: no adapter on a quantized layer, or one is merged already.
         NotSupported: the adapter is no change of weights (prompts, functions of the input).
+        ConfigError: there is no adapter of this name.
     """
     layers = dict(tuned_layers(model))
     if not layers:
         raise UnsupportedModel("there is no adapter on a quantized layer of this model; train or load one with PEFT")
+    there = sorted(getattr(model, "peft_config", ()))
+    wanted = [adapters] if isinstance(adapters, str) else None if adapters is None else list(adapters)
+    for name in wanted or ():
+        if name not in there:
+            raise ConfigError(f"no adapter {name!r}{did_you_mean(str(name), there)}; there are: {', '.join(there)}")
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise UnsupportedModel(f"{merged[0]} holds merged adapters already; call hf_quant.unmerge_adapter(model) first")
@@ -90,7 +97,7 @@ def merge_adapter(
         for name, layer in layers.items():
             state = (statistics or {}).get(name)
             undo.append(Undo(layer))
-            targets.append(_merge(name, layer, adapters, recipes(name), state))
+            targets.append(_merge(name, layer, wanted, recipes(name), state))
             layer.unmerge = undo[-1]
     except BaseException:
         for one in undo:
@@ -181,6 +188,12 @@ class Undo:
             quantizer, report = self.note
             quantizer.report = report
             quantizer.quantization_config.made_by.pop("merged", None)
+
+
+def before_merge(model: nn.Module) -> dict[int, dict[str, Tensor]]:
+    """id of a layer that holds merged adapters -> its packed tensors without them."""
+    undo = [layer.__dict__.get("unmerge") for _, layer in tuned_layers(model)]
+    return {id(u.layer.base_layer): u.tensors for u in undo if isinstance(u, Undo)}
 
 
 def _base(model: nn.Module) -> Any:  # noqa: ANN401  the model under the adapters

@@ -20,7 +20,7 @@ from hf_quant import checkpoint
 from hf_quant.config import QuantConfig, QuantMethod
 from hf_quant.errors import HfQuantError, UnsupportedModel
 from hf_quant.finite import require_finite
-from hf_quant.integrations.finish import finish
+from hf_quant.integrations.finish import finish, with_tokenizer
 from hf_quant.integrations.saving import wrap
 from hf_quant.integrations.sealing import check_config, check_loaded, ignore_tripwire, open_seal, sealed_state
 from hf_quant.on_load import install_loaded, plan_on_load, report_loaded, tied_to, wants
@@ -134,7 +134,7 @@ class Quantizer(TransformersQuantizer):  # type: ignore[misc]  # an untyped base
             self.plan, self.entries = None, {}  # done with; models are copied together with their quantizer
         else:
             config = self.quantization_config
-            report = config.quantizer().quantize(model, config.job(processor=_tokenizer(model, config)))
+            report = config.quantizer().quantize(model, with_tokenizer(config.job(), model))
         finish(model, self, report)
 
     # ---- saving -------------------------------------------------------------------------------------------------
@@ -200,18 +200,6 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]  # an untyped base
             if missing_keys is not None:
                 missing_keys -= {name, *tied_to(self.quantizer.plan, name)}
         return {}
-
-
-def _tokenizer(model: nn.Module, config: QuantConfig) -> Any:  # noqa: ANN401
-    """The tokenizer that lies beside the model, when the calibration data is text and none was given."""
-    if config.calibration.processor is not None or config.calibration.data is None:
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(getattr(model, "name_or_path", ""))
-    except (OSError, ValueError):
-        return None  # the sampler then says that a processor is needed
 
 
 def _saved_report(files: Sequence[str]) -> Report | None:
