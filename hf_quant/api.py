@@ -201,12 +201,17 @@ def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, An
 
     Raises:
         UnsupportedSpec: a layer cannot be held, or the budget cannot be met (says what can).
+        UnsupportedModel: it is quantized already.
     """
+    if not isinstance(config, QuantConfig):
+        raise ConfigError(f"estimate takes a QuantConfig, not {type(config).__name__}")
     if isinstance(model, nn.Module):
+        refuse_quantized(model)
         whole = _twin(model)
     else:
-        from hf_quant.loading import skeleton
+        from hf_quant.loading import read_config, require_float, skeleton
 
+        require_float(read_config(model), model)
         whole = skeleton(model)
     quantizer = config.quantizer()
     if not isinstance(quantizer, Recipe):

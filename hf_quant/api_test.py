@@ -5,11 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.errors import CalibrationError, UnsupportedModel
+from hf_quant.errors import CalibrationError, ConfigError, UnsupportedModel
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -39,6 +48,16 @@ def test_an_estimate_is_what_is_then_made_and_touches_nothing(model: torch.nn.Mo
     assert found["original_bytes"] == sum(t.numel() * t.element_size() for t in before.values())
 
 
+def test_what_is_quantized_is_not_estimated_again(model: torch.nn.Module, tmp_path: Path) -> None:
+    hf_quant.quantize(model, QuantConfig("rtn", group_size=16))
+    model.save_pretrained(tmp_path)
+    for there in (model, tmp_path):
+        with pytest.raises(UnsupportedModel, match="already"):
+            hf_quant.estimate(there, QuantConfig("rtn"))
+    with pytest.raises(ConfigError, match="takes a QuantConfig, not str"):
+        hf_quant.estimate(tmp_path, "rtn")  # type: ignore[arg-type]
+
+
 def test_an_estimate_says_whether_data_is_needed(model: torch.nn.Module) -> None:
     assert not hf_quant.estimate(model, QuantConfig("rtn", group_size=16))["needs_calibration"]
     assert hf_quant.estimate(model, QuantConfig("gptq", group_size=16))["needs_calibration"]
@@ -65,6 +84,36 @@ def test_a_quantized_model_is_pickled_whole(model: torch.nn.Module) -> None:
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     assert again.config.quantization_config == model.config.quantization_config
+
+
+@torch.no_grad()
+def test_a_part_that_is_saved_alone_loads(tmp_path: Path) -> None:
+    tokens = torch.arange(24).reshape(1, 24)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).eval()
+    hf_quant.quantize(model, QuantConfig("rtn", group_size=16))
+    config = model.config.quantization_config
+    model.model.save_pretrained(tmp_path / "part")
+    assert model.config.quantization_config is config
+    part = AutoModel.from_pretrained(tmp_path / "part")
+    assert torch.equal(part(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+    assert part.hf_quantizer.quantization_config.made_by == config.made_by
+    model.save_pretrained(tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert torch.equal(whole(tokens).logits, model(tokens).logits)
+
+
+@torch.no_grad()
+def test_a_part_with_a_config_of_its_own_says_that_it_is_quantized(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8})).eval()
+    hf_quant.quantize(model, QuantConfig("rtn", group_size=16))
+    tower = model.vision_model
+    tower.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    again = type(tower).from_pretrained(tmp_path)
+    assert torch.equal(again(pixels).last_hidden_state, tower(pixels).last_hidden_state)
+    assert not hasattr(tower.config, "quantization_config")
 
 
 def test_what_is_compiled_already_is_refused(model: torch.nn.Module) -> None:

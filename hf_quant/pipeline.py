@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_quant.allocation.allocate import allocate
 from hf_quant.diffusion.denoising import Denoising
 from hf_quant.diffusion.timesteps import follow_timesteps
-from hf_quant.errors import UnsupportedModel
+from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.learning.trained import train
 from hf_quant.loop import Loop
 from hf_quant.plan import make_plan, with_units
@@ -37,6 +38,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
     """
     started = time.perf_counter()
     _refuse_offloaded(model)
+    _require_device(job.device)
     with _apart(model):
         plan = make_plan(model, recipe, job)
         batches: list[Batch] = []
@@ -80,6 +82,15 @@ def _refuse_offloaded(model: nn.Module) -> None:
             f"{len(away)} weights are offloaded, the first is {away[0]}: load the model without offload to quantize it "
             "(one block at a time is on the device: QuantConfig(device=...)), save it, then load it with offload"
         )
+
+
+def _require_device(device: torch.device | None) -> None:
+    if device is None:
+        return
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch built without its kind, or no such number
+        raise ConfigError(f"device={str(device)!r}: there is no such device here ({error})") from None
 
 
 @contextmanager

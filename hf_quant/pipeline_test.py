@@ -106,6 +106,7 @@ def test_overrides_and_skip_decide_layer_by_layer() -> None:
         ({"skip": ["model.layers.0"]}, ConfigError, r"did you mean 'model\.layers\.0\.\*'"),
         ({"overrides": {"lm_head.weight": None}}, ConfigError, "did you mean 'lm_head'"),
         ({"skip": ["*"]}, UnsupportedModel, "nothing to quantize"),
+        ({"device": "cuda:77"}, ConfigError, "device='cuda:77': there is no such device here"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_touched(

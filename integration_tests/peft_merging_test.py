@@ -82,6 +82,15 @@ def test_an_adapter_saved_while_it_is_merged_is_of_the_base_it_was_trained_on(tm
     assert "other codes" in caplog.text
 
 
+def test_an_adapter_that_transformers_saves_names_its_base(tmp_path: Path) -> None:
+    model = llama()
+    model.add_adapter(LoraConfig(r=4, target_modules=LINEARS))
+    model.save_pretrained(tmp_path)
+    llama().load_adapter(tmp_path)
+    with pytest.raises(UnsupportedModel, match="a base of 4 bits"):
+        llama(bits=8).load_adapter(tmp_path)
+
+
 @torch.no_grad()
 def test_under_adapters_a_base_is_dequantized() -> None:
     model = tuned(llama())

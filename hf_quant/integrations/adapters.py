@@ -1,8 +1,8 @@
 """An adapter remembers the quantized base it was trained on, and is refused on another one.
 
-PEFT offers no place for it, so saving by `PeftModel` writes `hf_quant.json` beside the adapter, and what loads one onto
-a quantized model reads it: `PeftModel`, transformers' `load_adapter`, and hot-swapping. The adapter stays an ordinary
-PEFT folder, for float models too.
+PEFT offers no place for it, so saving (by `PeftModel`, or by a model of transformers with adapters) writes
+`hf_quant.json` beside the adapter, and what loads one onto a quantized model reads it: `PeftModel`, transformers'
+`load_adapter`, and hot-swapping. The adapter stays an ordinary PEFT folder, for float models too.
 """
 
 import functools
@@ -94,14 +94,20 @@ def _has_packed(model: nn.Module) -> bool:
     return any(isinstance(m, Packed) for m in model.modules())
 
 
+def leave_word(model: nn.Module, folder: Path) -> None:
+    """Beside every adapter in a folder, of the quantized base that it was saved with."""
+    if _has_packed(model):
+        text = json.dumps(identity(model), indent=1) + "\n"
+        for config in folder.glob("**/adapter_config.json"):
+            config.with_name(FILE).write_text(text)
+
+
 def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         result = save(self, save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True) and _has_packed(self):
-            text = json.dumps(identity(self), indent=1) + "\n"
-            for config in Path(save_directory).glob("**/adapter_config.json"):
-                config.with_name(FILE).write_text(text)
+        if kwargs.get("is_main_process", True):
+            leave_word(self, Path(save_directory))
         return result
 
     save_pretrained.__wrapped_by_hf_quant__ = True  # type: ignore[attr-defined]

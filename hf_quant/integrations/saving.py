@@ -7,13 +7,15 @@ writes them after the weights, and the upload (which puts a generic card in thei
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download
 from transformers.utils import extract_commit_hash
 
+from hf_quant.checkpoint import describe, packed_modules
 from hf_quant.config import QuantConfig
 from hf_quant.errors import HfQuantError
 from hf_quant.pages.card import save_card
@@ -103,15 +105,40 @@ def wrap() -> None:
     PreTrainedModel._upload_modified_files = _uploading(PreTrainedModel._upload_modified_files)
 
 
+@contextmanager
+def _described(model: Any) -> Iterator[None]:  # noqa: ANN401  a PreTrainedModel
+    """A part of a quantized model that is saved alone (`model.model`, a vision tower) describes itself meanwhile."""
+    if getattr(model, "hf_quantizer", None) is not None or next(packed_modules(model), None) is None:
+        yield
+        return
+    from hf_quant.integrations.transformers import Quantizer
+
+    of_whole = getattr(model.config, "quantization_config", None)  # the config may be that of the whole model
+    made_by = of_whole.made_by if isinstance(of_whole, QuantConfig) else None
+    own = QuantConfig(sites=describe(model)["sites"], made_by=made_by)
+    model.hf_quantizer, model.config.quantization_config = Quantizer(own, pre_quantized=True), own
+    try:
+        yield
+    finally:
+        del model.hf_quantizer, model.config.quantization_config
+        if of_whole is not None:
+            model.config.quantization_config = of_whole
+
+
 def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        result = save(self, save_directory, *args, **kwargs)
-        main = args[0] if args else kwargs.get("is_main_process", True)
-        if main:
-            if _ours(self):
-                settle_headers(Path(save_directory))
-            write_beside(self, Path(save_directory))
+        with _described(self):
+            result = save(self, save_directory, *args, **kwargs)
+            main = args[0] if args else kwargs.get("is_main_process", True)
+            if main:
+                if _ours(self):
+                    settle_headers(Path(save_directory))
+                write_beside(self, Path(save_directory))
+        if main and getattr(self, "_hf_peft_config_loaded", False):
+            from hf_quant.integrations.adapters import leave_word
+
+            leave_word(self, Path(save_directory))
         return result
 
     save_pretrained.__wrapped_by_hf_quant__ = True  # type: ignore[attr-defined]
