@@ -65,12 +65,14 @@ class NativeKernel(ABC):
             return f"runs on cpu, not {device.type}"
         if (reason := self.takes(layer)) is not None:
             return reason
-        integers = self.kind(layer).startswith("integers")
-        kinds = (torch.bfloat16, torch.float32) if integers else (torch.bfloat16,)
+        kind = self.kind(layer)
+        integers = kind.startswith("integers")
+        both = integers or not (native.wide() or kind == "rows4")  # the levels of rows lie in bfloat16
+        kinds = (torch.bfloat16, torch.float32) if both else (torch.bfloat16,)
         if dtype not in kinds:
             return f"fast in {' and '.join(str(k).removeprefix('torch.') for k in kinds)} only, not {dtype}"
         group, K = layer.weights.block_size(layer.shape)[1], layer.shape[1]
-        inputs = layout.block(self.kind(layer))[1]
+        inputs = layout.block(kind)[1]
         if group < K and group % inputs:
             return f"needs groups in multiples of {inputs} inputs, not of {group}"
         if integers and K > LONGEST_SUM:
@@ -121,10 +123,11 @@ class NativeKernel(ABC):
 
     def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
         """See `Describing.describe`."""
-        of = "products of integers" if self.kind(layer).startswith("integers") else "bfloat16 products"
-        if self.kind(layer) == "integers8":
+        few, number = (8, "bfloat16") if native.wide() else (2, "float32")
+        of = f"products of {'integers' if self.kind(layer).startswith('integers') else number}"
+        if self.kind(layer) == "integers8" and native.wide():
             return ((None, f"{of}, codes as they are"),)
-        return (8, f"{of}, codes decoded in registers"), (None, f"{of}, codes decoded once, into the cache")
+        return (few, f"{of}, codes decoded in registers"), (None, f"{of}, codes decoded once, into the cache")
 
     def unpacked(self, words: Tensor, layer: Layer) -> Tensor:
         """Some of the blob's words -> codes, at most K columns."""

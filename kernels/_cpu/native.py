@@ -20,9 +20,11 @@ from torch import Tensor
 from hf_quant.kernels._cpu.layout import KINDS, Kind, block
 
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-w")
-SOURCES = ("product.cpp", "tokens.h", "operands.h", "vectors.h")
+PARTS = ("avx512", "avx512_operands", "avx2", "avx2_operands", "operands", "tokens", "vectors")
+SOURCES = ("product.cpp", *(f"{name}.h" for name in PARTS))
 CPU = torch.device("cpu")
-MACHINE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma")
+WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma")
+NARROW = ("-mavx2", "-mfma", "-mf16c")
 
 
 PRODUCT = struct.Struct(
@@ -47,14 +49,19 @@ class Grid(NamedTuple):
     asymmetric: bool
 
 
+def wide() -> bool:
+    """Whether it is made for AVX-512 with VNNI and BF16; without them it multiplies floats."""
+    capable = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
+    return capable and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 @cache
 def why_not() -> str | None:
     """None where the product runs, else the reason why not."""
     if platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
         return "made for x86-64 on Linux"
-    capable = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
-    if not capable or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "needs a processor with AVX-512, its VNNI and its BF16"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AVX2"):
+        return "needs a processor with AVX2"
     try:
         library()
     except (OSError, subprocess.SubprocessError) as error:
@@ -74,13 +81,13 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise OSError("there is no C++ compiler: neither $CXX, g++ nor clang++")
     sources = {name: files(__package__).joinpath(name).read_bytes() for name in SOURCES}
-    flags = " ".join((compiler, *FLAGS, *MACHINE)).encode()
-    stamp = hashlib.sha256(b"".join(sources.values()) + flags).hexdigest()[:16]
+    flags = (*FLAGS, *(WIDE if wide() else NARROW))
+    stamp = hashlib.sha256(b"".join(sources.values()) + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_quant" / "cpu"
     made = folder / f"product-{stamp}.so"
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, sources, made)
+        _compile((compiler, *flags), sources, made)
     found = ctypes.CDLL(str(made))
     found.hf_quant_product.argtypes = [ctypes.c_char_p]
     found.hf_quant_tokens.argtypes = _types("plllllpppl")
@@ -92,14 +99,14 @@ def _types(letters: str) -> list[type]:
     return [{"p": ctypes.c_void_p, "l": ctypes.c_int64}[letter] for letter in letters]
 
 
-def _compile(compiler: str, sources: dict[str, bytes], made: Path) -> None:
+def _compile(compiler: tuple[str, ...], sources: dict[str, bytes], made: Path) -> None:
     """Two steps, so that OpenMP's symbols stay open: they are found in torch's own runtime, and threads are shared."""
     with tempfile.TemporaryDirectory(dir=made.parent) as work:
         text, binary, whole = (Path(work) / name for name in ("product.cpp", "product.o", "product.so"))
         for name, source in sources.items():
             (Path(work) / name).write_bytes(source)
-        for step in ((*FLAGS, *MACHINE, "-c", text, "-o", binary), ("-shared", binary, "-o", whole)):
-            subprocess.run([compiler, *map(str, step)], check=True, capture_output=True, timeout=300)
+        for step in ((*compiler, "-c", text, "-o", binary), (compiler[0], "-shared", binary, "-o", whole)):
+            subprocess.run([*map(str, step)], check=True, capture_output=True, timeout=300)
         whole.replace(made)
 
 
@@ -116,7 +123,7 @@ def multiply(
     """`y = x W^T`, `[M, N]` in `dtype` (bfloat16 or float32).
 
     Args:
-        x: bfloat16 `[M, K]`, integers, or with a grid bfloat16 or float32; contiguous.
+        x: bfloat16 (float32 too unless `wide`) `[M, K]`, integers, or with a grid bfloat16 or float32; contiguous.
         blob: words of `layout.pack`; scales and shifts `[N / 16, G, 16]` (bfloat16 or float32); what `table` gives;
             sums of the dequantized rows float32 `[N]` (up to whole 16), for tokens with zero points; a scale of all
             weights float32 `[1]`. All but the words may be empty.

@@ -17,10 +17,10 @@ namespace {
 template <class W, int S, int MB, int R>
 ALWAYS void step(const W& of, const typename W::Raw (&raw)[R], const uint32_t* x, typename W::Acc (&acc)[MB][R]) {
     if constexpr (S < W::PARTS) {
-        V w[R];
+        typename W::Operand w[R];
         each<R>([&](auto r) HERE { w[r] = of.template part<S>(raw[r]); });
         each<MB>([&](auto m) HERE {
-            const V token = W::token(x + (S % W::STEPS * MB + m) * W::WORDS);
+            const auto token = W::token(x + (S % W::STEPS * MB + m) * W::WORDS);
             each<R>([&](auto r) HERE { W::dot(acc[m][r], w[r], token); });
         });
         step<W, S + 1, MB, R>(of, raw, x, acc);
@@ -35,8 +35,8 @@ ALWAYS void line(const Product& p, const Tiles& tiles, int64_t width, int64_t fi
     const uint8_t* w = p.w + place<W>(first, p.K / W::INPUTS * W::BYTES);
     const uint32_t* x = tiles.x;
     const float* sums = tiles.sums;
-    __m512 total[MB];
-    each<MB>([&](auto m) HERE { total[m] = _mm512_setzero_ps(); });
+    F total[MB];
+    each<MB>([&](auto m) HERE { total[m] = all(0.0f); });
     auto group = [&](int64_t blocks, int64_t at) HERE {
         typename W::Acc acc[MB][SUMS];
         each<MB>([&](auto m) HERE { each<SUMS>([&](auto i) HERE { acc[m][i] = W::zero(); }); });
@@ -44,7 +44,7 @@ ALWAYS void line(const Product& p, const Tiles& tiles, int64_t width, int64_t fi
             const typename W::Raw raw = of.load(w, 0);
             each<W::PARTS>([&](auto i) HERE {
                 constexpr int sum = (which * W::PARTS + i) % SUMS;
-                const V v = of.template part<i>(raw);
+                const auto v = of.template part<i>(raw);
                 each<MB>([&](auto m) HERE { W::dot(acc[m][sum], v, W::token(x + i % W::STEPS * MB + m)); });
             });
             w += W::BYTES, x += W::STEPS * MB;
@@ -53,37 +53,37 @@ ALWAYS void line(const Product& p, const Tiles& tiles, int64_t width, int64_t fi
         const std::integral_constant<int, 1> odd;
         for (; blocks >= 2; blocks -= 2) block(even), block(odd);
         if (blocks) block(even);
-        const __m512 s = ranges(p.s, at, p.narrow_s);
+        const F s = ranges(p.s, at, p.narrow_s);
         each<MB>([&](auto m) HERE {
-            each<SUMS - 1>([&](auto i) HERE { acc[m][0] = W::add(acc[m][0], acc[m][i + 1]); });
-            if constexpr (W::EACH == 4) acc[m][0] = W::add(acc[m][0], _mm512_set1_epi32(-p.middle * (int)sums[m]));
-            __m512 number = W::number(acc[m][0]);
-            if (p.d) number = _mm512_fmadd_ps(ranges(p.d, at, p.narrow_d), _mm512_set1_ps(sums[m]), number);
-            total[m] = _mm512_fmadd_ps(s, number, total[m]);
+            each<SUMS - 1>([&](auto i) HERE { acc[m][0] = add(acc[m][0], acc[m][i + 1]); });
+            if constexpr (W::INTEGERS) acc[m][0] = add(acc[m][0], all((int)(-p.middle * (int)sums[m])));
+            F number = W::number(acc[m][0]);
+            if (p.d) number = fma(ranges(p.d, at, p.narrow_d), all(sums[m]), number);
+            total[m] = fma(s, number, total[m]);
         });
         sums += MB;
     };
     int64_t k = 0, at = p.at(0, first);
     for (; k + width <= p.K; k += width, at += LANES) group(width / W::INPUTS, at);
     if (k < p.K) group((p.K - k) / W::INPUTS, at);
-    each<MB>([&](auto m) HERE { _mm512_store_ps(C + m * LANES, total[m]); });
+    each<MB>([&](auto m) HERE { store(C + m * LANES, total[m]); });
 }
 
 template <class W, int MB>
 void line(const Product& p, const Tiles& tiles, int64_t width, int64_t first, float* C) {
     if (width <= 4 * W::INPUTS) return line<W, MB, 2>(p, tiles, width, first, C);
-    line<W, MB, std::min(8, 2 * W::PARTS)>(p, tiles, width, first, C);
+    line<W, MB, std::min(SUMS, 2 * W::PARTS)>(p, tiles, width, first, C);
 }
 
 // MB tokens, R accumulators of outputs, some columns of one group: joins C.
 template <class W, int MB, int R>
 ALWAYS void chunk(const W& of, const uint8_t* w, int64_t row, const uint32_t* x, int64_t blocks, const float* sums,
-                  const Product& p, const __m512 (&s)[R], const __m512 (&d)[R], float* C) {
+                  const Product& p, const F (&s)[R], const F (&d)[R], float* C) {
     typename W::Acc acc[MB][R];
     each<MB>([&](auto m) HERE {
         each<R>([&](auto r) HERE {
-            if constexpr (W::EACH == 4)
-                acc[m][r] = _mm512_set1_epi32(-p.middle * (int)sums[m]);
+            if constexpr (W::INTEGERS)
+                acc[m][r] = all((int)(-p.middle * (int)sums[m]));
             else
                 acc[m][r] = W::zero();
         });
@@ -95,10 +95,10 @@ ALWAYS void chunk(const W& of, const uint8_t* w, int64_t row, const uint32_t* x,
     }
     each<MB>([&](auto m) HERE {
         each<R>([&](auto r) HERE {
-            __m512 number = W::number(acc[m][r]);
-            if (p.d) number = _mm512_fmadd_ps(d[r], _mm512_set1_ps(sums[m]), number);
+            F number = W::number(acc[m][r]);
+            if (p.d) number = fma(d[r], all(sums[m]), number);
             float* at = C + (m * R + r) * LANES;
-            _mm512_store_ps(at, _mm512_fmadd_ps(s[r], number, _mm512_load_ps(at)));
+            store(at, fma(s[r], number, load(at)));
         });
     });
 }
@@ -110,15 +110,15 @@ void write(const Product& p, int64_t first, int64_t tile, const float* C) {
         for (int r = 0; r < R; ++r) {
             const int64_t n = first + r * LANES;
             if (n >= p.N) break;
-            const __mmask16 mask = (__mmask16)((1u << std::min<int64_t>(LANES, p.N - n)) - 1);
-            __m512 y = _mm512_load_ps(C + (m * R + r) * LANES);
-            if (p.tensor) y = _mm512_mul_ps(y, _mm512_set1_ps(*p.tensor));
-            if (p.zx) y = _mm512_fnmadd_ps(_mm512_set1_ps(p.zx[token]), _mm512_maskz_loadu_ps(mask, p.rows + n), y);
-            if (p.sx) y = _mm512_mul_ps(y, _mm512_set1_ps(p.sx[token]));
+            const Mask some = upto(p.N - n);
+            F y = load(C + (m * R + r) * LANES);
+            if (p.tensor) y = mul(y, all(*p.tensor));
+            if (p.zx) y = less(y, all(p.zx[token]), load(p.rows + n, some));
+            if (p.sx) y = mul(y, all(p.sx[token]));
             if (p.narrow_y)
-                _mm256_mask_storeu_epi16((uint16_t*)p.y + token * p.N + n, mask, (__m256i)_mm512_cvtneps_pbh(y));
+                store((uint16_t*)p.y + token * p.N + n, some, y);
             else
-                _mm512_mask_storeu_ps((float*)p.y + token * p.N + n, mask, y);
+                store((float*)p.y + token * p.N + n, some, y);
         }
     }
 }
@@ -126,14 +126,13 @@ void write(const Product& p, int64_t first, int64_t tile, const float* C) {
 // The same where a vector of C is one output in 16 parts.
 template <int MB, int R>
 void write_sums(const Product& p, int64_t first, int64_t tile, const float* C) {
-    static_assert(MB * R == 8 || MB * R == 16);
-    __m512 v[LANES];
-    each<LANES>([&](auto i) HERE { v[i] = _mm512_load_ps(C + i % (MB * R) * LANES); });
+    F v[LANES];
+    each<LANES>([&](auto i) HERE { v[i] = load(C + i % (MB * R) * LANES); });
     alignas(64) float wide[LANES];
     alignas(32) uint16_t narrow[LANES];
-    const __m512 y = sums(v);
-    _mm512_store_ps(wide, y);
-    _mm256_store_si256((__m256i*)narrow, (__m256i)_mm512_cvtneps_pbh(y));
+    const F y = sums(v);
+    store(wide, y);
+    store(narrow, y);
     for (int m = 0; m < MB && tile * MB + m < p.M; ++m)
         for (int r = 0; r < R && first + r < p.N; ++r) {
             const int64_t at = (tile * MB + m) * p.N + first + r;
@@ -157,10 +156,10 @@ void strip(const Product& p, const Tiles& tiles, int64_t width, int64_t first, f
         g += k >= (g + 1) * p.group;
         const W of((const uint8_t*)p.table + p.at(g, first) * W::TABLE);
         const uint8_t* w = p.w + place<W>(first, row) + k / W::INPUTS * W::BYTES;
-        __m512 s[R], d[R];
+        F s[R], d[R];
         for (int r = 0; r < R; ++r) {
-            s[r] = SCALED || !p.s ? _mm512_set1_ps(1) : ranges(p.s, p.at(g, first + r * LANES), p.narrow_s);
-            d[r] = p.d ? ranges(p.d, p.at(g, first + r * LANES), p.narrow_d) : _mm512_setzero_ps();
+            s[r] = SCALED || !p.s ? all(1.0f) : ranges(p.s, p.at(g, first + r * LANES), p.narrow_s);
+            d[r] = p.d ? ranges(p.d, p.at(g, first + r * LANES), p.narrow_d) : all(0.0f);
         }
         if constexpr (ONCE)
             for (int r = 0; r < R; ++r) {
@@ -169,7 +168,7 @@ void strip(const Product& p, const Tiles& tiles, int64_t width, int64_t first, f
                 for (int64_t b = 0, end; b < blocks; b = end) {  // as far as scales reach, where they are multiplied
                     const int64_t own = SCALED ? (k + b * W::INPUTS) / p.group : g;
                     end = SCALED ? std::min(blocks, ((own + 1) * p.group - k) / W::INPUTS) : blocks;
-                    const __m512 scale = SCALED ? ranges(p.s, p.at(own, first + r * LANES), p.narrow_s) : s[r];
+                    const F scale = SCALED ? ranges(p.s, p.at(own, first + r * LANES), p.narrow_s) : s[r];
                     for (; b < end; ++b) hold(of, from + b * W::BYTES, row, scale, held + (r * blocks + b) * HELD);
                 }
             }
@@ -193,7 +192,7 @@ void strip(const Product& p, const Tiles& tiles, int64_t width, int64_t first, f
 
 template <class W, int MB, int R, bool ONCE>
 void multiply(const Product& p, const uint8_t* tokens) {
-    using X = std::conditional_t<ONCE, Decoded<std::conditional_t<W::EACH == 2, Bf16, Int8>>, W>;  // as it meets tokens
+    using X = std::conditional_t<ONCE, Decoded<typename W::As>, W>;  // as it meets tokens
     constexpr bool LINE = !ONCE && R == 1 && MB <= 2;
     int64_t width = std::min(p.group, p.K);
     if (ONCE && (W::SCALED || width == p.K || width % 256 == 0)) width = 256;
@@ -222,18 +221,25 @@ void multiply(const Product& p, const uint8_t* tokens) {
     });
 }
 
-template <class W, bool DECODES>
+template <class W>
 void by_tokens(const Product& p, const uint8_t* tokens) {
     if constexpr (W::OUTPUTS == 1) {
-        if (p.M == 1) return multiply<W, 1, 8, false>(p, tokens);
-        if (p.M <= 8) return multiply<W, 2, 8, false>(p, tokens);
+        if (p.M == 1) return multiply<W, 1, WIDE ? 8 : 4, false>(p, tokens);
+        if (p.M <= (WIDE ? 8 : 2)) return multiply<W, 2, WIDE ? 8 : 2, false>(p, tokens);
     } else {
         if (p.M == 1) return multiply<W, 1, 1, false>(p, tokens);
         if (p.M == 2) return multiply<W, 2, 1, false>(p, tokens);
-        if (p.M <= 4) return multiply<W, 4, 4, false>(p, tokens);
-        if (p.M <= 8 && W::PARTS == W::STEPS) return multiply<W, 8, 2, false>(p, tokens);
+        if constexpr (WIDE) {
+            if (p.M <= 4) return multiply<W, 4, 4, false>(p, tokens);
+            if (p.M <= 8 && W::PARTS == W::STEPS) return multiply<W, 8, 2, false>(p, tokens);
+        }
     }
-    multiply<W, 8, 3, DECODES>(p, tokens);
+    if constexpr (WIDE)
+        multiply<W, 8, 3, W::DECODES>(p, tokens);
+    else if (p.M <= 4 || p.M == 7 || p.M == 8)
+        multiply<W, 4, 1, true>(p, tokens);
+    else
+        multiply<W, 6, 1, true>(p, tokens);
 }
 
 }  // namespace
@@ -241,6 +247,7 @@ void by_tokens(const Product& p, const uint8_t* tokens) {
 extern "C" void hf_quant_product(const Product* whole) {
     Product p = *whole;
     Buffer<int8_t> codes;
+    Buffer<uint8_t> own;
     Buffer<float> ranges;
     if (p.high > p.low) {
         codes = buffer<int8_t>(p.M * p.inputs), ranges = buffer<float>(2 * p.M);
@@ -249,17 +256,17 @@ extern "C" void hf_quant_product(const Product* whole) {
         p.x = codes.get(), p.sx = ranges.get(), p.zx = zero;
     }
     for (int64_t m = 0; m < whole->M; m += MOST) {
-        p.M = std::min(MOST, whole->M - m);
-        const uint8_t* x = (const uint8_t*)p.x + m * p.inputs * (p.kind < 6 ? 2 : 1);
+        p.M = std::min(MOST, whole->M - m), p.inputs = whole->inputs;
+        const uint8_t* x = as_operands((const uint8_t*)p.x + m * p.inputs * p.bytes(), p, own);
         switch (p.kind) {
-            case 0: by_tokens<Bf16Of4, true>(p, x); break;
-            case 1: by_tokens<Bf16Scaled4, true>(p, x); break;
-            case 2: by_tokens<Bf16Split4, true>(p, x); break;
-            case 3: by_tokens<Bf16OfRows, true>(p, x); break;
-            case 4: by_tokens<Bf16Of8, true>(p, x); break;
-            case 5: by_tokens<Bf16OfBytes, true>(p, x); break;
-            case 6: by_tokens<Int8Of4, true>(p, x); break;
-            case 7: by_tokens<Int8Of8, false>(p, x); break;
+            case 0: by_tokens<Of4>(p, x); break;
+            case 1: by_tokens<Scaled4>(p, x); break;
+            case 2: by_tokens<Floats4>(p, x); break;
+            case 3: by_tokens<OfRows>(p, x); break;
+            case 4: of_bytes(p.table, [&](auto* of) HERE { by_tokens<std::decay_t<decltype(*of)>>(p, x); }); break;
+            case 5: by_tokens<OfBytes>(p, x); break;
+            case 6: by_tokens<Nibbles>(p, x); break;
+            case 7: by_tokens<Bytes>(p, x); break;
         }
         p.y = (uint8_t*)p.y + p.M * p.N * (p.narrow_y ? 2 : 4);
         p.sx = p.sx ? p.sx + p.M : nullptr;

@@ -159,9 +159,7 @@ def test_threads_share_the_work_and_give_the_same() -> None:
 
 
 def test_without_a_compiler_there_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: True)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     uncached = native.library.__wrapped__
@@ -170,5 +168,5 @@ def test_without_a_compiler_there_is_a_reason(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(native, "_compile", lambda *_: (_ for _ in ()).throw(subprocess.CalledProcessError(1, "g++")))
     monkeypatch.setattr("shutil.which", lambda _: "/bin/false")
     assert "could not be compiled here" in str(native.why_not.__wrapped__())
-    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
-    assert "AVX-512" in str(native.why_not.__wrapped__())
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    assert "AVX2" in str(native.why_not.__wrapped__())

@@ -33,18 +33,15 @@ void tile_tokens(const uint8_t* tokens, const Product& p, int64_t width, int64_t
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t k = c * width, end = token < p.M ? std::min(k + width, p.inputs) : k;
             float sum = 0;
-            if constexpr (W::EACH == 4) {
+            if constexpr (W::INTEGERS) {
                 int whole_sum = 0;
-                for (int64_t i = k; i < end; ++i) whole_sum += ((const int8_t*)from)[i];
+                for (int64_t i = k; i < end; ++i) whole_sum += ((const typename W::Token*)from)[i];
                 sum = (float)whole_sum;
             } else if (p.d) {
-                __m512 total = _mm512_setzero_ps();
-                const uint16_t* at = (const uint16_t*)from;
-                for (int64_t i = k; i < end; i += 16) {
-                    __mmask16 mask = (__mmask16)((1u << std::min<int64_t>(16, end - i)) - 1);
-                    total = _mm512_add_ps(total, widened(_mm256_maskz_loadu_epi16(mask, at + i)));
-                }
-                sum = _mm512_reduce_add_ps(total);
+                const auto* at = (const typename W::Token*)from;
+                F total = all(0.0f);
+                for (int64_t i = k; i < end; i += LANES) total = add(total, load(at + i, upto(end - i)));
+                sum = ::sum(total);
             }
             sums[c * MB + m] = sum;
         }
@@ -61,34 +58,30 @@ void hf_quant_tokens(const void* x, int64_t narrow, int64_t M, int64_t K, int64_
                      float* scale, float* zero, int64_t threads) {
     const int shift = high > 127 ? 128 : 0;
     const bool asymmetric = zero != nullptr;
-    auto load = [=](int64_t i, __mmask16 mask) {
-        if (narrow) return widened(_mm256_maskz_loadu_epi16(mask, (const uint16_t*)x + i));
-        return _mm512_maskz_loadu_ps(mask, (const float*)x + i);
+    auto values = [=](int64_t i, Mask some) {
+        return narrow ? load((const uint16_t*)x + i, some) : load((const float*)x + i, some);
     };
     std::atomic<int64_t> turn{0};
     auto token = [&](int64_t m) {
-        __m512 least = _mm512_setzero_ps(), most = _mm512_setzero_ps();
-        __mmask16 unordered = 0;
-        for (int64_t k = 0; k < K; k += 16) {
-            __m512 v = load(m * K + k, (__mmask16)((1u << std::min<int64_t>(16, K - k)) - 1));
-            least = _mm512_min_ps(least, v), most = _mm512_max_ps(most, v);
-            unordered |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        F low_F = all(0.0f), high_F = all(0.0f);
+        Mask nan = 0;
+        for (int64_t k = 0; k < K; k += LANES) {
+            const F v = values(m * K + k, upto(K - k));
+            low_F = min(low_F, v), high_F = max(high_F, v);
+            nan |= unordered(v);
         }
-        const float l = _mm512_reduce_min_ps(least), h = _mm512_reduce_max_ps(most);
+        const float l = least(low_F), h = most(high_F);
         float step = asymmetric ? (h - l) / (float)(high - low) : low == 0 ? h / high : std::max(l / low, h / high);
         step = step > 0 ? step : 1.0f;
         const float z = asymmetric ? std::nearbyint(std::min(std::max(low - l / step, (float)low), (float)high)) : 0;
-        scale[m] = unordered ? NAN : step;
+        scale[m] = nan ? NAN : step;
         if (asymmetric) zero[m] = z - shift;
-        const __m512 by = _mm512_set1_ps(step), zeros = _mm512_set1_ps(z), lows = _mm512_set1_ps((float)low),
-                     highs = _mm512_set1_ps((float)high);
-        const __m512i off = _mm512_set1_epi32(shift);
-        for (int64_t k = 0; k < K; k += 16) {
-            __mmask16 mask = (__mmask16)((1u << std::min<int64_t>(16, K - k)) - 1);
-            __m512 v = _mm512_add_ps(_mm512_div_ps(load(m * K + k, mask), by), zeros);
-            v = _mm512_min_ps(_mm512_max_ps(v, lows), highs);
-            __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(v), off);
-            _mm_mask_storeu_epi8(codes + m * K + k, mask, _mm512_cvtepi32_epi8(code));
+        const F by = all(step), zeros = all(z), lows = all((float)low), highs = all((float)high);
+        const V off = all(shift);
+        for (int64_t k = 0; k < K; k += LANES) {
+            const Mask some = upto(K - k);
+            const F v = add(div(values(m * K + k, some), by), zeros);
+            store(codes + m * K + k, some, sub(nearest(min(max(v, lows), highs)), off));
         }
     };
     together(M > 1 ? threads : 1, [&] {

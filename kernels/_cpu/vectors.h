@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -10,7 +11,6 @@
 
 namespace {
 
-using V = __m512i;
 #define ALWAYS inline __attribute__((always_inline))
 #define HERE __attribute__((always_inline))
 
@@ -45,14 +45,6 @@ void together(int64_t threads, F f) {
     f();
 }
 
-ALWAYS __m512 widened(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
-
-// Scales and shifts of 16 outputs, bfloat16 or float32.
-ALWAYS __m512 ranges(const void* at, int64_t index, bool narrow) {
-    if (narrow) return widened(_mm256_loadu_si256((const __m256i*)((const uint16_t*)at + index)));
-    return _mm512_loadu_ps((const float*)at + index);
-}
-
 struct Product {
     const void* x;         // tokens [M, inputs]: bfloat16, int8, or what becomes int8
     const uint8_t* w;      // blocks
@@ -69,8 +61,25 @@ struct Product {
     int64_t low, high, asymmetric;                   // the grid of tokens that become integers, or low = high
     int64_t threads;
 
+    int64_t bytes() const { return kind < 6 ? narrow_x ? 2 : 4 : 1; }  // of a token's input
     int64_t units() const { return (N + LANES - 1) / LANES; }
     int64_t at(int64_t g, int64_t n) const { return (n / LANES * groups + g) * LANES + n % LANES; }
 };
+
+}  // namespace
+
+#ifdef __AVX512BF16__
+#include "avx512.h"
+#else
+#include "avx2.h"
+#endif
+
+namespace {
+
+// Scales and shifts of 16 outputs, bfloat16 or float32.
+ALWAYS F ranges(const void* at, int64_t index, bool narrow) {
+    if (narrow) return widened((const uint16_t*)at + index);
+    return anywhere((const float*)at + index);
+}
 
 }  // namespace

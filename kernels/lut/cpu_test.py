@@ -64,6 +64,12 @@ def test_tables_in_registers(name: str) -> None:
     decoded(TABLES[name], (48, 192), NativeKernel.name)
 
 
+@needs_it
+@pytest.mark.parametrize("name", ["FP8 rows", "E5M2", "MXFP6"])
+def test_one_token_sees_the_same_table(name: str) -> None:
+    decoded(TABLES[name], (48, 192), NativeKernel.name, 1)
+
+
 @pytest.mark.parametrize("block", [(1, -1), (1, 48), (-1, -1), (12, 32)])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_codebooks(bits: int, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,52 @@
+"""Models in float32 run on the product where it multiplies floats; where it multiplies bfloat16 they are refused."""
+
+import pytest
+import torch
+
+from hf_quant.formats import Layer, format_for
+from hf_quant.grids import E4M3, CodebookGrid, FloatGrid, LevelGrid, MiniFloatGrid
+from hf_quant.kernels._cpu import native
+from hf_quant.kernels._cpu.kernel import NativeKernel
+from hf_quant.kernels.bnb_4bit.format import NF4
+from hf_quant.runtime.packed import refit
+from hf_quant.spec import Spec, int_spec
+
+CPU = torch.device("cpu")
+SPECS = {
+    **{f"{bits} bits": int_spec(bits, 48) for bits in (2, 3, 4, 8)},
+    "NF4": Spec(grid=LevelGrid(NF4), block=(1, 48), scale=FloatGrid("float32")),
+    "MXFP4": Spec(grid=MiniFloatGrid(2, 1), block=(1, 32), scale=FloatGrid("float8_e8m0fnu")),
+    "FP8": Spec(grid=E4M3, block=(1, -1)),
+    "MXFP6": Spec(grid=MiniFloatGrid(3, 2), block=(1, 32), scale=FloatGrid("float8_e8m0fnu")),
+}
+
+
+def native_kernel(layer: Layer) -> NativeKernel:
+    return next(k for k in format_for(layer).kernels if isinstance(k, NativeKernel))
+
+
+@pytest.mark.skipif(native.why_not() is not None or native.wide(), reason="no product of floats on this processor")
+@pytest.mark.parametrize("name", SPECS)
+def test_one_hot_inputs_print_the_float32_weight(name: str) -> None:
+    layer = Layer((40, 192), SPECS[name])
+    fmt, kernel = format_for(layer), native_kernel(layer)
+    tensors = fmt.pack(refit(torch.randn(40, 192, generator=torch.Generator().manual_seed(0)), layer.weights))
+    assert kernel.supports(layer, CPU, torch.float32) is None
+    blob, W_NK = kernel.prepare(tensors, layer, torch.float32), fmt.weight(tensors, layer, torch.float32)
+    for tokens in (1, 2, 4, 192):
+        y_KN = torch.cat([kernel.run(x, tensors, blob, layer) for x in torch.eye(192).split(tokens)])
+        assert torch.equal(y_KN.T, W_NK)
+    x_TK = torch.randn(13, 192, generator=torch.Generator().manual_seed(1))
+    y_TN, exact = kernel.run(x_TK, tensors, blob, layer), x_TK.double() @ W_NK.double().T
+    assert ((y_TN - exact).abs() <= 2**-20 * (x_TK.abs().double() @ W_NK.abs().double().T)).all()
+
+
+def test_levels_that_lie_in_bfloat16_are_for_bfloat16() -> None:
+    layer = Layer((16, 128), Spec(grid=CodebookGrid(4), block=(1, -1)))
+    assert "fast in bfloat16 only" in str(native_kernel(layer).supports(layer, CPU, torch.float32))
+
+
+def test_products_of_bfloat16_are_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "wide", lambda: True)
+    layer = Layer((16, 64), int_spec(4, 32))
+    assert "fast in bfloat16 only" in str(native_kernel(layer).supports(layer, CPU, torch.float32))
