@@ -100,7 +100,8 @@ def _probe(data: Denoising, model: nn.Module, steps: int, seed: int, wanted: boo
             handle.remove()
     if not times:
         raise CalibrationError(
-            f"{type(data.pipeline).__name__} never calls its {data.component}: nothing to calibrate on"
+            f"{type(data.pipeline).__name__} never calls its {data.component} as a module: nothing to calibrate on; "
+            "use a method that needs no data there, such as rtn"
         )
     return times, torch.stack(features) if features else None
 
@@ -150,7 +151,7 @@ class _Rows:
         """Keep the wanted images of a call, each with all its branches."""
         if not wanted:
             return
-        rows = max(len(value) for value in inputs.values() if value.dim() > 1)
+        rows = len(next(iter(inputs.values())))  # of what is denoised; Flux's ids of positions are longer
         if rows % images:
             raise UnsupportedModel(f"a call with {rows} rows for {images} images: they cannot be told apart")
         if NAME in inputs and inputs[NAME].numel() == 1:

@@ -111,6 +111,17 @@ def test_it_is_a_function_of_the_seed_and_draws_from_no_global_generator() -> No
     assert not data.network._forward_hooks
 
 
+def test_what_is_longer_than_the_rows_is_shared() -> None:
+    """Flux's ids of positions: as many as there are patches, the same for all images."""
+    kept, ids = _Rows(), torch.arange(27.0).reshape(9, 3)
+    for t in (0.9, 0.1):
+        kept.add({"hidden_states": torch.randn(3, 9, 4), "timestep": torch.tensor(t), "img_ids": ids}, 3, [0, 2])
+    (batch,) = kept.batches(4, torch.Generator().manual_seed(0))
+    assert torch.equal(batch["img_ids"], ids)
+    assert batch["hidden_states"].shape == (4, 9, 4)
+    assert batch["timestep"].shape == (4,)
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers' Heun
 def test_branches_called_apart_and_schedulers_that_call_twice() -> None:
     data = by_class()
