@@ -13,11 +13,12 @@ from hf_quant.diffusion.drawing import Drawing
 from hf_quant.diffusion.foreseen import with_features
 from hf_quant.diffusion.pipelines import configs_of, is_pipeline, quantize_pipeline
 from hf_quant.errors import ConfigError, UnsupportedModel
-from hf_quant.integrations.finish import refuse_quantized, run_quantizer, with_tokenizer
+from hf_quant.integrations.finish import is_ours, refuse_quantized, run_quantizer, with_tokenizer
 from hf_quant.plan import Plan, make_plan
 from hf_quant.recipe import Recipe, refuse_untrained
 from hf_quant.report import Report
 from hf_quant.runtime.apart import take_apart
+from hf_quant.runtime.packed import parts_of
 
 
 @overload
@@ -39,6 +40,7 @@ def quantize(
     prompts: Sequence[str] = (),
     class_labels: Sequence[int] = (),
     guidance: float | None = None,
+    steps: int | None = None,
     arguments: Mapping[str, Any] | None = None,
     pictures: int = 4,
     progress: bool = True,
@@ -54,6 +56,7 @@ def quantize(
     prompts: Sequence[str] = (),
     class_labels: Sequence[int] = (),
     guidance: float | None = None,
+    steps: int | None = None,
     arguments: Mapping[str, Any] | None = None,
     pictures: int = 4,
     progress: bool = True,
@@ -69,7 +72,8 @@ def quantize(
         prompts: what a pipeline that takes texts draws while it is calibrated; used round and round.
         class_labels: likewise of one that draws classes.
         guidance: scale of classifier-free guidance; None: the pipeline's own.
-        arguments: further ones of the pipeline's call, such as `{"height": 512}`.
+        steps: of denoising on a trajectory; None: the method's own `calibration_steps`, or 20.
+        arguments: further ones of the pipeline's call, such as `{"height": 512}`; a text is that of every picture.
         pictures: drawn before and after from equal noise, for the card; 0: none.
         progress: show a bar with the time left.
 
@@ -82,15 +86,16 @@ def quantize(
         drawing = Drawing(
             guidance=guidance, class_labels=class_labels, prompts=prompts, arguments=dict(arguments or {})
         )
-        return quantize_pipeline(model, config, drawing, pictures=pictures, progress=progress)
+        return quantize_pipeline(model, config, drawing, steps=steps, pictures=pictures, progress=progress)
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"quantize takes a QuantConfig, not {type(config).__name__}")
     refuse_quantized(model)
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"quantize takes a model in memory, not {type(model).__name__}; load it first")
-    if len(prompts) or len(class_labels) or guidance is not None or arguments:
+    if len(prompts) or len(class_labels) or guidance is not None or steps is not None or arguments:
         raise ConfigError(
-            "prompts, class_labels, guidance and arguments are a pipeline's; a network alone takes data=[batches]"
+            "prompts, class_labels, guidance, steps and arguments are a pipeline's; a network alone takes "
+            "data=[batches]"
         )
     job = with_tokenizer(config.job(data=data, processor=processor, progress=progress), model)
     return run_quantizer(model, config, config.quantizer().quantize, job)
@@ -115,6 +120,7 @@ def finetune(
     prompts: Sequence[str] = (),
     class_labels: Sequence[int] = (),
     guidance: float | None = None,
+    steps: int | None = None,
     arguments: Mapping[str, Any] | None = None,
     pictures: int = 4,
     progress: bool = True,
@@ -130,6 +136,7 @@ def finetune(
     prompts: Sequence[str] = (),
     class_labels: Sequence[int] = (),
     guidance: float | None = None,
+    steps: int | None = None,
     arguments: Mapping[str, Any] | None = None,
     pictures: int = 4,
     progress: bool = True,
@@ -153,7 +160,13 @@ def finetune(
             guidance=guidance, class_labels=class_labels, prompts=prompts, arguments=dict(arguments or {})
         )
         return quantize_pipeline(
-            model, config, drawing, pictures=pictures, progress=progress, run=lambda how, m, job: how.finetune(m, job)
+            model,
+            config,
+            drawing,
+            steps=steps,
+            pictures=pictures,
+            progress=progress,
+            run=lambda how, m, job: how.finetune(m, job),
         )
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"finetune takes a QuantConfig, not {type(config).__name__}")
@@ -166,17 +179,32 @@ def finetune(
     return run_quantizer(model, config, config.quantizer().finetune, job)
 
 
-def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+@overload
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module: ...
+
+
+@overload
+def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any: ...  # noqa: ANN401  a DiffusionPipeline
+
+
+def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Back to plain float layers holding the dequantized weights; the model is no longer a quantized one.
 
     Args:
-        model: a quantized model, or a `PeftModel` on one, whose adapters stay.
+        model: a quantized model, a `PeftModel` on one, whose adapters stay, or a pipeline with quantized components.
         dtype: of the weights, those that were never quantized too; None: what the model computes in.
 
     Returns:
         The model, changed in place.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if is_pipeline(model):
+        ours = [part for part in parts_of(model).values() if is_ours(part)]
+        if not ours:
+            raise UnsupportedModel("no component of the pipeline is quantized by hf-quant")
+        for part in ours:
+            dequantize(part, dtype)
+        return model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is None:
         raise UnsupportedModel("the model is not quantized")
@@ -208,6 +236,8 @@ def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, An
     if isinstance(model, nn.Module):
         refuse_quantized(model)
         whole = _twin(model)
+    elif is_pipeline(model):
+        raise UnsupportedModel(f"estimate takes one network of a pipeline: one of {', '.join(parts_of(model))}")
     else:
         from hf_quant.loading import read_config, require_float, skeleton
 

@@ -1,10 +1,11 @@
 """The true size of a quantized model: everything stored is counted, to the bit, as it lies on disk."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_quant.runtime.packed import Packed
+from hf_quant.runtime.packed import Packed, parts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,22 +47,23 @@ def site_bits(module: Packed) -> int:
     return sum(8 * t.numel() * t.element_size() for t in own)
 
 
-def true_bits(model: nn.Module) -> float:
+def true_bits(model: Any) -> float:  # noqa: ANN401  a model, or a pipeline of diffusers
     """Bits per quantized weight as stored on disk, scales, zero points and branches included."""
     return count_bits(model).bits_per_weight
 
 
-def count_bits(model: nn.Module) -> Ledger:
+def count_bits(model: Any) -> Ledger:  # noqa: ANN401  a model, or a pipeline of diffusers
     """Count a model as `save_pretrained` would write it; what is tied is counted once."""
     weights = weight_bits = others = other_bits = 0
     seen: set[int] = set()
-    for module in model.modules():
+    modules = [m for part in parts_of(model).values() for m in part.modules()]
+    for module in modules:
         if isinstance(module, Packed):
             if id(module.qweight) not in seen:
                 weights += module.matrix_shape[0] * module.matrix_shape[1]
                 weight_bits += site_bits(module)
             seen |= {id(p) for name, p in module.named_parameters(recurse=False) if name != "bias"}
-    for module in model.modules():
+    for module in modules:
         kept: list[Tensor] = list(module.parameters(recurse=False))
         kept += [b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
         for tensor in kept:

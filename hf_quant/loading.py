@@ -31,7 +31,11 @@ def resolve(model: str | Path) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         if (path / "model_index.json").is_file():
-            raise UnsupportedModel(f"{path} is a diffusers pipeline; name the folder of one part, such as {path}/unet")
+            part = next((n for n in ("transformer", "unet") if (path / n).is_dir()), "unet")
+            raise UnsupportedModel(
+                f"{path} is a diffusers pipeline; name the folder of one part, such as {path / part}, or quantize it "
+                "whole in Python: hf_quant.quantize(pipeline, config)"
+            )
         if not (path / "config.json").is_file():
             raise UnsupportedModel(f"{path} holds no config.json, so it is not a model of transformers or diffusers")
         return str(path)

@@ -23,7 +23,8 @@ Inputs = dict[str, Tensor]  # of one call: rows `[R, ...]`, and tensors that all
 
 def takes_timestep(module: object) -> bool:
     """Whether this is a network that denoises: its forward takes a `timestep`."""
-    return isinstance(module, nn.Module) and NAME in inspect.signature(type(module).forward).parameters
+    own = getattr(module, "_orig_mod", module)  # of what is compiled
+    return isinstance(own, nn.Module) and NAME in inspect.signature(type(own).forward).parameters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +45,10 @@ class Denoising:
         return self
 
     def __repr__(self) -> str:
-        return f"{type(self.pipeline).__name__}'s own trajectories"
+        scheduler, asked = getattr(self.pipeline, "scheduler", None), self.drawing
+        how = [type(scheduler).__name__, f"{asked.steps} steps"]
+        how += [] if asked.guidance is None else [f"guidance {asked.guidance:g}"]
+        return f"{type(self.pipeline).__name__}'s own trajectories ({', '.join(how)})"
 
     @property
     def network(self) -> nn.Module:

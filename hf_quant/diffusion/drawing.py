@@ -4,14 +4,25 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_quant.errors import ConfigError, RunError, UnsupportedModel
+from hf_quant.errors import ConfigError, HfQuantError, RunError, UnsupportedModel
 from hf_quant.runtime.clock import NAME as TIMESTEP
 from hf_quant.stages.sampler import Batch
+
+ELSEWHERE = {  # arguments of a pipeline's call that this sets: what to give instead
+    "prompt": "give prompts=[...]",
+    "class_labels": "give class_labels=[...]",
+    "guidance_scale": "give guidance=...",
+    "num_inference_steps": "give steps=...",
+    **dict.fromkeys(("batch_size", "generator", "latents"), "each picture has noise of its own"),
+    **dict.fromkeys(("num_images_per_prompt", "num_videos_per_prompt"), "each picture has a prompt of its own"),
+    **dict.fromkeys(("output_type", "return_dict"), "what is drawn is read here"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +43,18 @@ class Drawing:
     prompts: Sequence[str] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        prompts, labels = self.prompts, self.class_labels
+        try:
+            labels = labels if isinstance(labels, range) else tuple(map(index, labels))
+        except TypeError:
+            raise ConfigError(f"class_labels={labels!r:.60}: a list of classes, such as range(10)") from None
+        prompts = prompts if isinstance(prompts, str) else tuple(prompts)
+        if isinstance(prompts, str) or any(not isinstance(p, str) for p in prompts):
+            raise ConfigError(f"prompts={prompts!r:.60}: a list of texts, such as ['a red cube']")
+        object.__setattr__(self, "prompts", prompts)
+        object.__setattr__(self, "class_labels", labels)
+
     def labels(self, numbers: Sequence[int]) -> list[int] | None:
         """The classes of these pictures, None without classes."""
         return [self.class_labels[i % len(self.class_labels)] for i in numbers] if self.class_labels else None
@@ -42,18 +65,21 @@ class Drawing:
         Raises:
             UnsupportedModel: it does not.
             ConfigError: steps below 1, no class labels or prompts where there must be, some where there are none, or an
-                argument that it does not take.
+                argument that it does not take or that is asked for otherwise, or a class that it does not know.
         """
         every = inspect.signature(pipeline.__call__).parameters
         taken = {n: p for n, p in every.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
         name = type(pipeline).__name__
-        backbone(pipeline)
+        classes = classes_of(backbone(pipeline))
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps}: of denoising, 1 or more")
         if missing := {"num_inference_steps", "generator", "output_type"} - taken.keys():
             raise UnsupportedModel(f"{name} cannot be drawn from: it takes no {', '.join(sorted(missing))}")
         if unknown := self.arguments.keys() - taken.keys():
             raise ConfigError(f"{name} takes no {', '.join(sorted(unknown))}; it takes {', '.join(taken)}")
+        for argument, instead in ELSEWHERE.items():
+            if argument in self.arguments:
+                raise ConfigError(f"{argument} cannot be among the arguments: {instead}")
         needed = {n for n, p in taken.items() if p.default is inspect.Parameter.empty} - {"class_labels", "prompt"}
         needed -= self.arguments.keys()
         if needed:
@@ -66,6 +92,8 @@ class Drawing:
                 raise ConfigError(f"{name} draws from {what.split(',')[0]}: give {what}")
             if argument not in taken and given:
                 raise ConfigError(f"{name} takes no {what.split(',')[0]}; leave them out")
+        if self.class_labels and classes and not 0 <= min(self.class_labels) <= max(self.class_labels) < classes:
+            raise ConfigError(f"class_labels={self.class_labels}: {name} knows classes 0 to {classes - 1}")
         if self.guidance is not None and "guidance_scale" not in taken:
             raise ConfigError(f"{name} has no guidance; leave guidance={self.guidance} out")
 
@@ -93,7 +121,11 @@ class Drawing:
         noise: torch.Generator | list[torch.Generator],
         output_type: str,
     ) -> Any:  # noqa: ANN401
-        """What the pipeline returns for these pictures."""
+        """What the pipeline returns for these pictures.
+
+        Raises:
+            ConfigError: it does not take what it is called with.
+        """
         taken = inspect.signature(pipeline.__call__).parameters
         given: dict[str, Any] = {"num_inference_steps": self.steps, "generator": noise, "output_type": output_type}
         if "class_labels" in taken:
@@ -104,8 +136,18 @@ class Drawing:
             given["batch_size"] = len(numbers)
         if self.guidance is not None:
             given["guidance_scale"] = self.guidance
+        for argument, value in self.arguments.items():  # a text is that of every picture, as a list: prompts are one
+            given[argument] = [value] * len(numbers) if isinstance(value, str) else value
         with answering(pipeline.components.values()):
-            return pipeline(**{**given, **self.arguments})
+            try:
+                return pipeline(**given)
+            except (TypeError, ValueError) as error:
+                if isinstance(error, HfQuantError):
+                    raise
+                raise ConfigError(
+                    f"{type(pipeline).__name__} cannot be called with {', '.join(given)}: {error!s:.300}; what else "
+                    "it needs goes into arguments={...}"
+                ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +222,11 @@ def name_of_backbone(pipeline: Any) -> str:  # noqa: ANN401
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
     raise UnsupportedModel(f"{type(pipeline).__name__} has no unet and no transformer")
+
+
+def classes_of(network: nn.Module) -> int | None:
+    """Rows of its table of classes, that of no class included; None without one."""
+    return max((m.num_embeddings for m in network.modules() if isinstance(m, nn.Embedding)), default=None)
 
 
 def backbone(pipeline: Any) -> nn.Module:  # noqa: ANN401

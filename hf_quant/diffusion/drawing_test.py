@@ -69,7 +69,39 @@ def test_calls_are_watched_as_they_were_made() -> None:
 
 def test_classes_go_round() -> None:
     assert Drawing(class_labels=[3, 7]).labels([0, 1, 2, 5]) == [3, 7, 3, 7]
+    assert Drawing(class_labels=torch.arange(3)).labels([4]) == [1]
     assert Drawing().labels([0]) is None
+
+
+def test_a_text_is_no_list_of_prompts() -> None:
+    """Its letters would be drawn, one after the other, without a word."""
+    for wrong in ({"prompts": "a red cube"}, {"prompts": [1]}, {"class_labels": 3}, {"class_labels": ["dog"]}):
+        with pytest.raises(ConfigError, match="a list of"):
+            Drawing(**wrong)
+    assert Drawing(prompts=(p for p in ["a", "b"])).prompts == ("a", "b")
+
+
+def test_arguments_of_the_call() -> None:
+    """A text is every picture's; what the drawing sets itself is asked for otherwise; what goes wrong is told."""
+    calls = []
+
+    class Texts(DDIMPipeline):  # type: ignore[misc]
+        def __call__(self, prompt, negative_prompt=None, image=None, latents=None, num_inference_steps=1,  # type: ignore[no-untyped-def]
+                     generator=None, output_type=""):  # fmt: skip
+            calls.append((prompt, negative_prompt))
+            if image is None:
+                raise ValueError("Input is in incorrect format")
+
+    pipeline = Texts(unet_pipeline().unet, DDIMScheduler())
+    given = Drawing(prompts=["a", "b"], arguments={"negative_prompt": "ugly", "image": 1})
+    given.check(pipeline)
+    given.run(pipeline, [0, 1, 2], noise(0, 1, 2), "latent")
+    assert calls == [(["a", "b", "a"], ["ugly"] * 3)]
+    with pytest.raises(ConfigError, match=r"Texts cannot be called with .*incorrect format.*arguments=\{"):
+        Drawing(prompts=["a"]).run(pipeline, [0], noise(0), "latent")
+    for argument, message in (("latents", "noise of its own"), ("num_inference_steps", "give steps")):
+        with pytest.raises(ConfigError, match=message):
+            Drawing(prompts=["a"], arguments={argument: 1}).check(pipeline)
 
 
 def test_refusals() -> None:
@@ -87,6 +119,9 @@ def test_refusals() -> None:
     assert backbone(by_class) is by_class.transformer
     with pytest.raises(ConfigError, match=r"class_labels=range\(10\)"):
         Drawing().check(by_class)
+    for label in (-1, 2000):
+        with pytest.raises(ConfigError, match="classes 0 to 1000"):
+            Drawing(class_labels=[1, label]).check(by_class)
     with pytest.raises(UnsupportedModel, match="no unet and no transformer"):
         backbone(SimpleNamespace())
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_quant.diffusion.drawing import classes_of
 from hf_quant.diffusion.features import outputs_of_any
 from hf_quant.diffusion.temporal import TemporalBlock, temporal_block
 from hf_quant.formats import Layer, format_for
@@ -31,7 +32,7 @@ def with_features(model: nn.Module, plan: Plan, serving: Serving) -> dict[str, A
         return None
     kept = {e.name.rpartition(".")[0] for e in plan.kept if e.reason.startswith("asked")}
     names = [n for n in block.storable if n not in kept]
-    classes = min(serving.classes, _classes(model)) if CLASSES in block.given else 1
+    classes = min(serving.classes, classes_of(model) or 1) if CLASSES in block.given else 1
     stored = [Layer((serving.entries * classes, outputs_of_any(model.get_submodule(n))), serving.values) for n in names]
     gone = {*names, *block.needless(names)}
     sites = [p for n, p in plan.sites.items() if n not in gone]
@@ -69,9 +70,3 @@ def _batches(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     plain = {first: torch.empty(1, channels, size, size, device="meta"), NAME: torch.zeros(1, device="meta")}
     yield plain
     yield {**plain, CLASSES: torch.zeros(1, dtype=torch.long, device="meta")}
-
-
-def _classes(model: nn.Module) -> int:
-    """Rows of its table of classes, that of no class included."""
-    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    return max(sizes, default=1)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.config import QuantConfig
-from hf_quant.diffusion.denoising import Denoising, quiet, takes_timestep
+from hf_quant.diffusion.denoising import PROBE, Denoising, quiet, takes_timestep
 from hf_quant.diffusion.drawing import Drawing
-from hf_quant.errors import ConfigError, HfQuantError, UnsupportedModel
-from hf_quant.integrations.finish import refuse_quantized, run_quantizer
+from hf_quant.errors import CalibrationError, ConfigError, HfQuantError, UnsupportedModel
+from hf_quant.integrations.finish import refuse_quantized, refuse_wrapped, run_quantizer
 from hf_quant.method import did_you_mean
 from hf_quant.recipe import HfQuantizer, Job, Recipe
 from hf_quant.report import Report
@@ -78,6 +79,7 @@ def quantize_pipeline(
     config: object,
     drawing: Drawing,
     *,
+    steps: int | None = None,
     pictures: int = 4,
     progress: bool = True,
     run: Callable[[HfQuantizer, nn.Module, Job], Report] = lambda how, model, job: how.quantize(model, job),
@@ -85,24 +87,31 @@ def quantize_pipeline(
     """Quantize components of a pipeline in memory, in place, one after the other.
 
     Each is calibrated on what the pipeline calls it with by then: on the trajectories that the method's own sampler
-    takes, or on `Trajectories()` when that expects texts. A config with calibration data of its own keeps to it.
-    `run` is what is done with a component.
+    takes, or on `Trajectories()` when that expects texts, of `steps` where given. A config with calibration data of its
+    own keeps to it. `run` is what is done with a component.
 
     Raises:
         ConfigError, UnsupportedModel: found before anything is drawn.
     """
     configs = configs_of(pipeline, config)
-    recipes = {name: _on_trajectories(own) for name, own in configs.items()}
+    recipes = {name: _on_trajectories(own, steps) for name, own in configs.items()}
+    lengths = {n: r.sampler.steps for n, r in recipes.items() if isinstance(getattr(r, "sampler", None), Trajectories)}
+    drawing = replace(drawing, steps=steps or next(iter(lengths.values()), drawing.steps))
+    if pictures < 0:
+        raise ConfigError(f"pictures={pictures}: 0 or more")
     can_draw = _can_draw(pipeline, drawing, any(_draws(own) for own in configs.values()))
     for name in configs:
+        refuse_wrapped(getattr(pipeline, name))
         refuse_quantized(getattr(pipeline, name))
-    samplers = [r.sampler for r in recipes.values() if isinstance(r, Recipe)]
-    drawing = replace(drawing, steps=next((s.steps for s in samplers if isinstance(s, Trajectories)), drawing.steps))
+    _refuse_unseen(pipeline, [n for n, own in configs.items() if _draws(own)], drawing)
     before = _pictures(pipeline, drawing, pictures) if can_draw else None
     reports = {}
     for name, own in configs.items():
-        data = Denoising(pipeline, name, drawing) if _draws(own) else None
+        asked = replace(drawing, steps=lengths.get(name, drawing.steps))
+        data = Denoising(pipeline, name, asked) if _draws(own) else None
         job = own.job(data=data, progress=progress)
+        if job.run_dir is not None and len(configs) > 1:
+            job = replace(job, run_dir=job.run_dir / name)
         reports[name] = run_quantizer(getattr(pipeline, name), own, partial(run, recipes[name]), job)
     after = None if before is None else _pictures(pipeline, drawing, pictures)
     pipeline.hf_quant_pictures = None if before is None or after is None else Pictures(drawing, before, after)
@@ -116,11 +125,28 @@ def _draws(config: QuantConfig) -> bool:
     return not free and config.calibration.data is None
 
 
-def _on_trajectories(config: QuantConfig) -> Any:  # noqa: ANN401  an HfQuantizer; often a Recipe
+def _on_trajectories(config: QuantConfig, steps: int | None) -> Any:  # noqa: ANN401  an HfQuantizer; often a Recipe
     quantizer = config.quantizer()
-    if not _draws(config) or not isinstance(quantizer, Recipe) or isinstance(quantizer.sampler, Trajectories):
+    if not _draws(config) or not isinstance(quantizer, Recipe):
         return quantizer
-    return replace(quantizer, sampler=Trajectories())
+    sampler = quantizer.sampler if isinstance(quantizer.sampler, Trajectories) else Trajectories()
+    return replace(quantizer, sampler=sampler if steps is None else replace(sampler, steps=steps))
+
+
+def _refuse_unseen(pipeline: Any, names: list[str], drawing: Drawing) -> None:  # noqa: ANN401
+    """Before the first of several components takes its hours: one trajectory, on which each has to be called."""
+    seen: set[str] = set()
+    if len(names) > 1:
+        with ExitStack() as stack:
+            for name in names:
+                hook = getattr(pipeline, name).register_forward_pre_hook(lambda *_, name=name: seen.add(name))
+                stack.callback(hook.remove)
+            Denoising(pipeline, names[0], drawing).watch([0], drawing.steps, PROBE, lambda _: None)
+        if unseen := [n for n in names if n not in seen]:
+            raise CalibrationError(
+                f"{type(pipeline).__name__} never calls its {', '.join(unseen)} as a module: nothing to calibrate on; "
+                "use a method that needs no data there, such as rtn"
+            )
 
 
 def _can_draw(pipeline: Any, drawing: Drawing, must: bool) -> bool:  # noqa: ANN401

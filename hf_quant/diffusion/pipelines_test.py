@@ -24,7 +24,7 @@ import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.diffusion.pipelines import is_pipeline
 from hf_quant.diffusion.timesteps_test import unet
-from hf_quant.errors import CalibrationError, ConfigError, UnsupportedModel
+from hf_quant.errors import CalibrationError, ConfigError, NotSupported, UnsupportedModel
 from hf_quant.runtime.packed import Packed
 
 RTN = QuantConfig("rtn", bits=4, group_size=32)
@@ -100,7 +100,7 @@ def test_a_conditional_pipeline_from_calibration_to_another_process(tmp_path: Pa
     assert packed(pipeline.transformer)
     assert not packed(pipeline.vae)
     calibration = reports["transformer"].calibration
-    assert calibration["source"] == "DiTPipeline's own trajectories"
+    assert calibration["source"] == "DiTPipeline's own trajectories (DDIMScheduler, 20 steps, guidance 2)"
     assert calibration["samples"] == 512  # 256 points, each with both branches of the guidance
     after = draw(pipeline, class_labels=[1, 2])
     assert 0 < float((after - before).abs().mean()) < 0.05
@@ -140,6 +140,81 @@ def test_a_card_that_a_person_wrote_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "plain" / "README.md").exists()
 
 
+def test_a_pipeline_that_was_loaded_keeps_its_card(tmp_path: Path) -> None:
+    """Saved again: pictures and reports too, under the new name; together with what is quantized since."""
+    pipeline = dit_pipeline()
+    hf_quant.quantize(pipeline, RTN, class_labels=[1], pictures=1, progress=False)
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    pipeline.save_pretrained(first)
+    again = quiet(DiffusionPipeline.from_pretrained(first))
+    again.save_pretrained(second)
+    assert (second / "README.md").read_text() == (first / "README.md").read_text().replace("first", "second")
+    for name in ("pictures.png", "report-transformer.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes()
+    hf_quant.quantize(again, {"vae": QuantConfig("rtn", bits=8)}, pictures=0, progress=False)
+    again.save_pretrained(third)
+    text = (third / "README.md").read_text()
+    assert "### transformer" in text
+    assert "### vae" in text
+    assert "pictures.png" not in text
+    hf_quant.dequantize(again)
+    again.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "README.md").exists()
+
+
+def test_the_card_names_the_type_that_loading_has_to_name(tmp_path: Path) -> None:
+    pipeline = unet_pipeline().to(torch.bfloat16)
+    hf_quant.quantize(pipeline, RTN, pictures=0, progress=False)
+    pipeline.save_pretrained(tmp_path / "half")
+    assert 'from_pretrained("half", torch_dtype=torch.bfloat16)  # a DDIM' in (tmp_path / "half/README.md").read_text()
+
+
+def test_pickles_carry_no_seal(tmp_path: Path) -> None:
+    pipeline = unet_pipeline()
+    hf_quant.quantize(pipeline, RTN, pictures=0, progress=False)
+    with pytest.raises(NotSupported, match="safetensors only"):
+        pipeline.save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_what_takes_a_model_takes_a_pipeline(tmp_path: Path) -> None:
+    pipeline = dit_pipeline()
+    with pytest.raises(UnsupportedModel, match="no component"):
+        hf_quant.dequantize(pipeline)
+    hf_quant.quantize(pipeline, {"transformer": RTN, "vae": QuantConfig("rtn", bits=8)}, progress=False)
+    rows = hf_quant.explain(pipeline)
+    assert len(rows) == packed(pipeline.transformer) + packed(pipeline.vae)
+    assert rows[0].name == f"transformer.{hf_quant.explain(pipeline.transformer)[0].name}"
+    assert hf_quant.true_bits(pipeline.transformer) < hf_quant.true_bits(pipeline) < hf_quant.true_bits(pipeline.vae)
+    with pytest.raises(UnsupportedModel, match="one of transformer, vae"):
+        hf_quant.estimate(pipeline, RTN)
+    before = draw(pipeline, class_labels=[4])
+    assert hf_quant.dequantize(pipeline) is pipeline
+    assert not packed(pipeline.transformer) + packed(pipeline.vae)
+    torch.testing.assert_close(draw(pipeline, class_labels=[4]), before, atol=1e-4, rtol=1e-4)
+
+
+def test_trajectories_have_the_steps_that_are_asked_for() -> None:
+    """A pipeline that draws in four steps is calibrated on those, whatever the method says."""
+    pipeline, seen = dit_pipeline(), set[float]()
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, given: seen.update(given["timestep"].tolist()), with_kwargs=True
+    )
+    config = QuantConfig("tdq", calibration_steps=8, ranges=4, samples=8, iterations=1)
+    reports = hf_quant.quantize(pipeline, config, class_labels=[1], steps=4, pictures=0, progress=False)
+    assert "(DDIMScheduler, 4 steps)" in reports["transformer"].calibration["source"]
+    assert len(seen) == 4
+    with pytest.raises(ConfigError, match="steps"):
+        hf_quant.quantize(unet_pipeline().unet, INT8, data=[], steps=4)
+
+
+def test_several_components_one_folder_to_resume_from(tmp_path: Path) -> None:
+    pipeline = dit_pipeline()
+    config = QuantConfig("rtn", bits=4, group_size=32, run_dir=tmp_path)
+    hf_quant.quantize(pipeline, {"transformer": config, "vae": config}, progress=False)
+    assert packed(pipeline.transformer)
+    assert packed(pipeline.vae)
+
+
 def test_a_push_has_the_card_in_place_of_the_generic_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = unet_pipeline()
     hf_quant.quantize(pipeline, RTN, pictures=0, progress=False)
@@ -177,7 +252,14 @@ def test_refusals_before_any_work() -> None:
     ):
         with pytest.raises(kind, match=message):
             hf_quant.quantize(pipeline, config, progress=False, **given)
+    with pytest.raises(CalibrationError, match="never calls its vae"):  # before the transformer, which it does call
+        hf_quant.quantize(pipeline, {"transformer": INT8, "vae": INT8}, class_labels=[1], progress=False)
     assert not packed(pipeline.transformer)
+    with pytest.raises(ConfigError, match="pictures=-1"):
+        hf_quant.quantize(pipeline, RTN, class_labels=[1], pictures=-1)
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    with pytest.raises(UnsupportedModel, match="what torch.compile made"):
+        hf_quant.quantize(pipeline, RTN)
     unet = unet_pipeline()
     with pytest.raises(ConfigError, match="takes no classes"):
         hf_quant.quantize(unet, INT8, class_labels=[1])
@@ -225,7 +307,11 @@ def test_loading_whole_pipelines(tmp_path: Path) -> None:
 def test_configs_that_cannot_be_meant_are_refused_before_loading(tmp_path: Path) -> None:
     """Where diffusers speaks of its own class, or only warns and leaves the component in full precision."""
     dit_pipeline().save_pretrained(tmp_path)
-    for component, text in (("transfomer", "did you mean 'transformer'"), ("unet", "no component 'unet'")):
+    for component, text in (
+        ("transfomer", "did you mean 'transformer'"),
+        ("unet", "no network 'unet'"),
+        ("scheduler", "no network 'scheduler'.* it has: transformer, vae"),
+    ):
         for config in (
             PipelineQuantizationConfig(quant_mapping={component: RTN}),
             PipelineQuantizationConfig(
@@ -234,6 +320,13 @@ def test_configs_that_cannot_be_meant_are_refused_before_loading(tmp_path: Path)
         ):
             with pytest.raises(ConfigError, match=text):
                 DiffusionPipeline.from_pretrained(tmp_path, quantization_config=config)
+    ready = dit_pipeline().transformer
+    with pytest.raises(ConfigError, match="transformer is given ready-made"):
+        DiffusionPipeline.from_pretrained(
+            tmp_path,
+            transformer=ready,
+            quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": RTN}),
+        )
     for kind in (DiffusionPipeline, DiTPipeline):
         with pytest.raises(ConfigError, match=r"PipelineQuantizationConfig\(quant_mapping=.*hf_quant\.quantize"):
             kind.from_pretrained(tmp_path, quantization_config=RTN)

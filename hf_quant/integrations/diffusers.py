@@ -80,8 +80,10 @@ class Quantizer(DiffusersQuantizer):  # type: ignore[misc]  # an untyped base
             self.plan = plan_on_load(model, quantizer, self.quantization_config.job())
         if self.plan is None:
             raise NotSupported(
-                f"method {self.quantization_config.method!r} needs calibration data, and a diffusion model alone "
-                "cannot run on any: use a method that needs none here (rtn, mse-clip, bnb-nf4)"
+                f"method {self.quantization_config.method!r} needs calibration data, which is not read while a model "
+                "of diffusers loads: load in full precision, then hf_quant.quantize(pipeline, config, prompts=[...] or "
+                "class_labels=[...]), or hf_quant.quantize(network, config, data=[batches of its inputs]); or use a "
+                "method that needs none (rtn, mse-clip, bnb-nf4)"
             )
         return model
 
@@ -144,7 +146,13 @@ class Quantizer(DiffusersQuantizer):  # type: ignore[misc]  # an untyped base
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The packed tensors as they are, and a seal over them; config.json is written already."""
+        """The packed tensors as they are, and a seal over them; config.json is written already.
+
+        Raises:
+            NotSupported: they were to be pickled, which carries no seal.
+        """
+        if not safe_serialization:
+            raise NotSupported("quantized models are saved as safetensors only: leave safe_serialization=False out")
         return state_dict, seal(state_dict)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:  # noqa: ANN401  a ModelMixin

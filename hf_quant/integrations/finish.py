@@ -27,6 +27,11 @@ def quantizer_of(model: nn.Module, config: QuantConfig) -> Any:  # noqa: ANN401 
     return transformers.Quantizer(config, pre_quantized=False)
 
 
+def is_ours(model: object) -> bool:
+    """Whether hf-quant quantized it."""
+    return isinstance(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), QuantConfig)
+
+
 def refuse_quantized(model: Any) -> None:  # noqa: ANN401
     """Raises `UnsupportedModel` for what is quantized already."""
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:

@@ -97,7 +97,7 @@ def evaluate_pipeline(
         model = with_network(reference, network)
     ours = _pipeline(model, device, dtype)
     labels = tuple(class_labels) or _labels(ours, reader)
-    asked = Drawing(steps=steps, guidance=guidance, class_labels=labels, prompts=tuple(prompts))
+    asked = Drawing(steps=steps, guidance=guidance, class_labels=labels, prompts=prompts)
     asked.check(ours)
     log, done = None if resume is None else Path(resume), list[dict[str, Any]]()
     if log is not None:

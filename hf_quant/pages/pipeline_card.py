@@ -1,9 +1,12 @@
 """The card of a pipeline: what each component became, and pictures of before and after from equal noise."""
 
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from hf_quant.measure.picture_metrics import psnr
 from hf_quant.pages.describe import call, groups, megabytes, seconds
@@ -19,7 +22,12 @@ COLUMNS = 8
 
 
 def card(
-    kind: str, reports: Mapping[str, Report], pictures: "Pictures | None", repo: str, base_model: str | None = None
+    kind: str,
+    reports: Mapping[str, Report],
+    pictures: "Pictures | None",
+    repo: str,
+    base_model: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """The text of README.md.
 
@@ -29,6 +37,7 @@ def card(
         pictures: drawn before and after; they lie in `GRID` beside the card.
         repo: where the pipeline can be loaded from.
         base_model: Hub id of the full-precision pipeline.
+        dtype: what it computes in, which loading has to name: parts of it would follow their files, others not.
     """
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
@@ -41,6 +50,7 @@ def card(
         kind=kind,
         reports=reports,
         repo=repo,
+        dtype=None if dtype == torch.float32 else str(dtype),
         base_model=base_model,
         grid=GRID,
         pictures=pictures,
@@ -89,7 +99,24 @@ def grid(pictures: "Pictures") -> "Figure":
     return figure
 
 
-def write(folder: Path, kind: str, reports: Mapping[str, Report], pictures: Any, repo: str, base: str | None) -> None:  # noqa: ANN401
+def renamed(text: str, repo: str) -> str:
+    """A card of a pipeline that can be loaded from another place now."""
+    found = re.search(r"^# (.+)$", text, re.MULTILINE)
+    old = found[1] if found else repo
+    return text.replace(f"\n# {old}\n", f"\n# {repo}\n", 1).replace(
+        f'from_pretrained("{old}"', f'from_pretrained("{repo}"'
+    )
+
+
+def write(
+    folder: Path,
+    kind: str,
+    reports: Mapping[str, Report],
+    pictures: Any,  # noqa: ANN401  Pictures, or None
+    repo: str,
+    base: str | None,
+    dtype: torch.dtype,
+) -> None:
     """README.md, the pictures, and a report for each component."""
     from hf_quant.pages.plots import save_png
 
@@ -97,4 +124,4 @@ def write(folder: Path, kind: str, reports: Mapping[str, Report], pictures: Any,
         save_png(grid(pictures), folder / GRID)
     for name, report in reports.items():
         report.save(folder / f"report-{name}.json")
-    (folder / "README.md").write_text(card(kind, reports, pictures, repo, base), encoding="utf-8")
+    (folder / "README.md").write_text(card(kind, reports, pictures, repo, base, dtype), encoding="utf-8")

@@ -1,14 +1,14 @@
 """Explain: what every quantized module runs at how many tokens, and why each other kernel refused."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_quant.formats import Layer
 from hf_quant.runtime.linear import QuantLinear
-from hf_quant.runtime.packed import Packed
+from hf_quant.runtime.packed import Packed, parts_of
 
 Runs = tuple[tuple[int | None, str], ...]  # (up to so many tokens, what runs), ascending; None: any number of them
 
@@ -26,7 +26,7 @@ class Row:
     """One quantized module.
 
     Attributes:
-        name: dotted path in the model.
+        name: dotted path in the model, or from the component of a pipeline on.
         format: id of its packed format.
         shape: (N, K).
         kernel: what runs: a kernel's name, "reference", or "lookup" for an embedding.
@@ -48,7 +48,7 @@ class Row:
     dtype: torch.dtype
 
 
-def explain(model: nn.Module) -> list[Row]:
+def explain(model: Any) -> list[Row]:  # noqa: ANN401  a model, or a pipeline of diffusers
     """A row a quantized module, in order. Inputs of another type or device than the row says run the reference.
 
     Kernels that say how they run have their weights laid out for it, as the first forward would.
@@ -65,7 +65,8 @@ def explain(model: nn.Module) -> list[Row]:
             module.qweight.device,
             module.compute_dtype,
         )
-        for name, module in model.named_modules()
+        for part, network in parts_of(model).items()
+        for name, module in network.named_modules(prefix=part)
         if isinstance(module, Packed)
     ]
 

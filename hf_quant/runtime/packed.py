@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.codebooks import fit_codebooks
-from hf_quant.errors import UnsupportedSpec
+from hf_quant.errors import UnsupportedModel, UnsupportedSpec
 from hf_quant.formats import Layer, PackedFormat, format_named
 from hf_quant.grids import CodebookGrid
 from hf_quant.qtensor import QTensor, as_blocks, from_extremes, nearest, with_outer, without_outer
@@ -22,6 +22,20 @@ from hf_quant.runtime.weight_view import WeightView
 from hf_quant.spec import Spec
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def parts_of(model: object) -> dict[str, nn.Module]:
+    """A model by itself, named "", or the networks of a pipeline of diffusers by name.
+
+    Raises:
+        UnsupportedModel: neither.
+    """
+    if isinstance(model, nn.Module):
+        return {"": model}
+    components = getattr(model, "components", None)
+    if not isinstance(components, dict):
+        raise UnsupportedModel(f"this takes a model in memory, or a pipeline of diffusers, not {type(model).__name__}")
+    return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
 
 
 class Packed(nn.Module, ABC):
