@@ -13,11 +13,11 @@ from hf_quant.diffusion.loading_pipeline import load_pipeline
 from hf_quant.measure.evaluate_pipeline import evaluate_pipeline
 
 MODELS = Path(__file__).resolve().parent / "models"
-SOURCE = sys.argv[1] if len(sys.argv) > 1 else MODELS / "digits-dit"
+SOURCE = sys.argv[1] if len(sys.argv) > 1 else str(MODELS / "digits-dit")
 OUT = Path(sys.argv[2] if len(sys.argv) > 2 else "out/digits-dit-4bit")
 
 drawn = {"prompts": sys.argv[3:]} if len(sys.argv) > 3 else {}
-if SOURCE == MODELS / "digits-dit":
+if Path(SOURCE).resolve() == MODELS / "digits-dit":
     drawn = {"class_labels": range(10), "guidance": 1.5}
 
 pipeline = load_pipeline(SOURCE)

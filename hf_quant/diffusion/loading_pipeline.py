@@ -68,7 +68,7 @@ def load_pipeline(model: str | Path, device: torch.device | str | None = None, d
     try:
         local = path.is_dir()
         named = "torch_dtype" if __version__.startswith("0.39") else "dtype"
-        options: dict[str, Any] = {} if dtype is None else {named: dtype}
+        options = {named: dtype or torch.float32}  # else text encoders are of the type of their files, others are not
         loaded = DiffusionPipeline.from_pretrained(str(path if local else model), local_files_only=local, **options)
     except HfQuantError:
         raise
