@@ -144,6 +144,32 @@ def test_a_lora_on_a_base_with_tables(timed: Any, folder: Path, tmp_path: Path) 
     assert torch.equal(draw(pipeline), plain)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_lora_is_fused_and_taken_out_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    """Rounded to nearest, twice, the base would be another afterwards."""
+    pipeline = load(folder)
+    hf_quant.quantize(pipeline, RTN, pictures=0, progress=False)
+    trained = copy.deepcopy(pipeline.unet)
+    trained.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(trained))
+    plain = draw(pipeline)
+    pipeline.load_lora_weights(tmp_path, adapter_name="one")
+    adapted = draw(pipeline)
+    pipeline.fuse_lora(lora_scale=1.0)
+    fused = draw(pipeline)
+    assert float((fused - adapted).norm()) < float((plain - adapted).norm())
+    pipeline.unfuse_lora()
+    assert torch.equal(draw(pipeline), adapted)
+    pipeline.unload_lora_weights()
+    assert torch.equal(draw(pipeline), plain)
+    pipeline.load_lora_weights(tmp_path, adapter_name="one")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    assert torch.equal(draw(pipeline), fused)
+    pipeline.save_pretrained(tmp_path / "fused")
+    assert torch.equal(draw(load(tmp_path / "fused")), fused)
+
+
 def test_a_missing_table_is_an_error(timed: Any, tmp_path: Path) -> None:
     """Never a silent default: not in the config, not in the file."""
     timed.unet.save_pretrained(tmp_path)

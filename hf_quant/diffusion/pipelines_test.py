@@ -258,7 +258,7 @@ def test_refusals_before_any_work() -> None:
     with pytest.raises(ConfigError, match="pictures=-1"):
         hf_quant.quantize(pipeline, RTN, class_labels=[1], pictures=-1)
     pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
-    with pytest.raises(UnsupportedModel, match="what torch.compile made"):
+    with pytest.raises(UnsupportedModel, match=r"what torch\.compile made"):
         hf_quant.quantize(pipeline, RTN)
     unet = unet_pipeline()
     with pytest.raises(ConfigError, match="takes no classes"):

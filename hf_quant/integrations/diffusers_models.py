@@ -1,5 +1,6 @@
 """What diffusers does with weights without asking a quantizer, and how packed ones take part in it."""
 
+import logging
 import re
 from collections.abc import Callable
 from functools import wraps
@@ -11,9 +12,11 @@ from hf_quant.checkpoint import packed_modules
 from hf_quant.runtime.packed import Packed, expose_logical_weights
 from hf_quant.runtime.stand_in import StandIn
 
+_log = logging.getLogger("hf_quant")
+
 
 def adapt(model: nn.Module) -> None:
-    """Prepare a model with packed layers for layerwise casting and, of the Flux family, for `load_lora_weights`.
+    """Prepare a model with packed layers for layerwise casting, `fuse_lora` and, of Flux, for `load_lora_weights`.
 
     Layerwise casting leaves packed layers alone: they are smaller than in 8-bit floats already, and their biases and
     scales would lose precision without a word. A convolution's stand-in is a convolution to it, and is left alone too.
@@ -23,12 +26,59 @@ def adapt(model: nn.Module) -> None:
     names = stand_ins | {name for name, _ in packed_modules(model)}
     packed = tuple(f"^{re.escape(name)}$" for name in sorted(names))
     anything._skip_layerwise_casting_patterns = (*(anything._skip_layerwise_casting_patterns or ()), *packed)
+    _fuse_by_solving()
     if type(model).__name__.startswith("Flux"):
         _show_shapes_to_flux()
 
 
 def _holds_packed(module: nn.Module) -> bool:
     return any(isinstance(m, Packed) for m in module.modules())
+
+
+def _fuse_by_solving() -> None:
+    """`fuse_lora` merges as `hf_quant.merge_adapter` does, and `unfuse_lora` takes out to the bit what it merged.
+
+    Left to themselves both write dense weights, which are rounded to nearest: twice, so the base would be another.
+    """
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    fuse: Callable[..., None] = PeftAdapterMixin.fuse_lora
+    if hasattr(fuse, "__wrapped__"):
+        return
+
+    @wraps(fuse)
+    def fuse_lora(
+        self: Any,  # noqa: ANN401  a ModelMixin
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> None:
+        from hf_quant.integrations.merging import merge_adapter, tuned_layers
+
+        layers = [layer for _, layer in tuned_layers(self)]
+        if not layers or any(layer.merged for layer in layers):
+            fuse(self, lora_scale, safe_fusing, adapter_names)
+            return
+        for layer in layers:
+            layer.merge = _leave  # diffusers scales every adapter, and merges those on float layers
+        try:
+            fuse(self, lora_scale, safe_fusing, adapter_names)
+        finally:
+            for layer in layers:
+                del layer.merge
+        lost = [found.lost for found in merge_adapter(self, adapter_names)]
+        _log.warning(
+            "%d quantized layers keep all but %.0f %% of what the LoRA changes: loaded beside them nothing is lost, "
+            "and hf_quant.merge_adapter(model, data=[batches]) may lose less",
+            len(lost),
+            100 * sum(lost) / len(lost),
+        )
+
+    PeftAdapterMixin.fuse_lora = fuse_lora
+
+
+def _leave(safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """In place of a layer's `merge`."""
 
 
 def _show_shapes_to_flux() -> None:
