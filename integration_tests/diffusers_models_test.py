@@ -22,6 +22,7 @@ from torch import nn
 
 import hf_quant
 from hf_quant import QuantConfig
+from hf_quant.errors import UnsupportedModel
 from hf_quant.runtime.linear import QuantLinear
 
 CONFIG = QuantConfig("rtn", bits=4, group_size=16)
@@ -224,6 +225,18 @@ def test_group_offload(flux: nn.Module, tmp_path: Path, kind: str) -> None:
         how = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)}
     flux.enable_group_offload(onload_device=here, offload_device=here, **how)
     assert torch.equal(output(flux), want)
+
+
+@pytest.mark.parametrize("kind", ["offload", "cast"])
+def test_weights_that_are_elsewhere_are_refused(folders: Path, kind: str) -> None:
+    """Before any work: hooks that fetch them pass our layers by."""
+    model, here = FluxTransformer2DModel.from_pretrained(folders / "flux"), torch.device("cpu")
+    if kind == "offload":
+        model.enable_group_offload(onload_device=here, offload_device=here, offload_type="leaf_level")
+    else:
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(UnsupportedModel, match="quantize it first"):
+        hf_quant.quantize(model, CONFIG)
 
 
 def test_layerwise_casting_leaves_packed_layers_alone(flux: nn.Module) -> None:

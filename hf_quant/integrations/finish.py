@@ -47,6 +47,12 @@ def refuse_wrapped(model: nn.Module) -> None:
             "this is what torch.compile made of a model, whose layers have other names: quantize the model that was "
             "given to it, then compile that"
         )
+    hooks = {h for m in model.modules() for h in getattr(getattr(m, "_diffusers_hook", None), "hooks", ())}
+    if hooks & {"group_offloading", "layerwise_casting"}:
+        raise UnsupportedModel(
+            "the model is offloaded or cast layer by layer (enable_group_offload, enable_layerwise_casting), so its "
+            "weights are not there to be read: quantize it first, then turn that on"
+        )
     adapted = next((name for name, m in model.named_modules() if hasattr(m, "base_layer")), None)
     if adapted is not None:
         raise UnsupportedModel(
