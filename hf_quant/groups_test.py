@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_quant.config import QuantConfig
 from hf_quant.errors import UnsupportedModel
 from hf_quant.groups import find_groups
+from hf_quant.rewriting import pairs
 from hf_quant.rewriting.pairs import link
 from hf_quant.rewriting.rewrite import fold
 from hf_quant.sites import Site, SiteGroup, walk
@@ -111,8 +112,19 @@ class Wrong(nn.Module):
         return hidden_states
 
 
-def test_a_fold_that_changes_the_function_stops_the_run() -> None:
+def test_a_norm_that_the_residual_reads_too_is_no_producer() -> None:
     torch.manual_seed(0)
+    batches = [{"hidden_states": X * torch.tensor([1, 1, 30, 1, 1, 1, 1, 1.0])}]
+    model = Wrong()
+    norms = {n: p.clone() for n, p in model.named_parameters() if "sense" in n}
+    config = QuantConfig("awq", bits=2, group_size=8)
+    config.quantizer().quantize(model, config.job(data=batches, progress=False))
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in norms.items())
+
+
+def test_a_fold_that_changes_the_function_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(pairs, "_alone", lambda *_: True)
     batches = [{"hidden_states": X * torch.tensor([1, 1, 30, 1, 1, 1, 1, 1.0])}]
     config = QuantConfig("awq", bits=2, group_size=8)
     with pytest.raises(UnsupportedModel, match=r"changed what block layers\.0 computes"):

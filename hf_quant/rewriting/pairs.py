@@ -46,7 +46,8 @@ class Pair:
 
 
 def link(groups: Sequence[SiteGroup], block: nn.Module, block_name: str, run: Run) -> list[SiteGroup]:
-    """The groups, those without a producer given theirs where there is one.
+    """The groups, those without a producer given theirs where there is one, and norms that something else reads taken
+    from theirs: an addition of the residual stream is no module that could be watched.
 
     Args:
         groups: of `find_groups`.
@@ -55,6 +56,7 @@ def link(groups: Sequence[SiteGroup], block: nn.Module, block_name: str, run: Ru
         run: calls the block on real inputs and returns its output.
     """
     whole = f"{block_name}." if block_name else ""
+    groups = [replace(g, producer=None) if g.producer and not _alone(g, block, whole, run) else g for g in groups]
     wanted = {tuple(s.name.removeprefix(whole) for s in g.sites): i for i, g in enumerate(groups) if g.producer is None}
     linked = list(groups)
     for pair in find_pairs(block, run, list(wanted)) if wanted else []:
@@ -66,11 +68,22 @@ def link(groups: Sequence[SiteGroup], block: nn.Module, block_name: str, run: Ru
 
 
 @torch.no_grad()
+def _alone(group: SiteGroup, block: nn.Module, whole: str, run: Run) -> bool:
+    """Whether nobody but the group reads its producer."""
+    readers = tuple(s.name.removeprefix(whole) for s in group.sites)
+    reader: Any = block.get_submodule(readers[0])
+    K, g = group.sites[0].shape[1], torch.Generator().manual_seed(0)
+    f_K = (2.0 ** torch.randint(-2, 3, (K,), generator=g)).to(reader.weight)
+    return _private(block, run, str(group.producer).removeprefix(whole), readers, f_K, torch.arange(K))
+
+
+@torch.no_grad()
 def find_pairs(block: nn.Module, run: Run, readers: Sequence[tuple[str, ...]]) -> list[Pair]:
     """The producer of each group of readers (paths in the block) that has one."""
     trace = trace_of(block, "", run)
     first = {name: i for i, (name, _) in reversed(list(enumerate(trace.inputs)))}
-    order = [name for name in first if _makes_channels(block.get_submodule(name))]
+    single = {name for name, _ in trace.outputs}  # a router answers with several tensors
+    order = [name for name in first if name in single and _makes_channels(block.get_submodule(name))]
     groups = [g for g in readers if all(r in first for r in g)]
     found: dict[tuple[str, ...], Pair] = {}
     for name in order:
@@ -94,7 +107,10 @@ def _examine(block: nn.Module, run: Run, trace: Trace, producer: str, group: tup
     def seen(alter: Alter) -> Tensor:
         return _observe(block, run, producer, alter, [reader])[reader]
 
-    head = _head(seen(_impulse), C)
+    impulse = seen(_impulse)
+    if not impulse.numel():
+        return None
+    head = _head(impulse, C)
     repeats = torch.arange(C).view(-1, 1, head).expand(-1, K // C, -1).reshape(-1)
     g = torch.Generator().manual_seed(0)
     f_C = (2.0 ** torch.randint(-2, 3, (C,), generator=g)).to(x)
@@ -107,7 +123,8 @@ def _examine(block: nn.Module, run: Run, trace: Trace, producer: str, group: tup
     if not _private(block, run, producer, group, f_C, channels_K):
         return None
     z_C = x.abs().mean() * torch.randn(C, generator=g).to(x)
-    shifts = _same(seen(lambda y: y + z_C) - x, z_C[channels_K].expand_as(x))
+    shifted = seen(lambda y: y + z_C)
+    shifts = shifted.shape == x.shape and _same(shifted - x, z_C[channels_K].expand_as(x))
     if head > 1:
         R = torch.linalg.qr(torch.randn(head, head, generator=g))[0].to(x)
         rotate: Alter = lambda t: (t.unflatten(-1, (-1, head)) @ R).flatten(-2)  # noqa: E731
@@ -144,7 +161,9 @@ def _head(response: Tensor, C: int) -> int:
 
 
 def _observe(block: nn.Module, run: Run, producer: str, alter: Alter, readers: Sequence[str]) -> dict[str, Tensor]:
-    """The inputs of the readers (channels last) when the producer's output is altered."""
+    """The inputs of the readers (channels last) when the producer's output is altered: none to an expert that is then
+    not chosen.
+    """
     seen: dict[str, Tensor] = {}
     handles = [_on_output(block.get_submodule(producer), alter)]
     for reader in readers:
@@ -155,7 +174,7 @@ def _observe(block: nn.Module, run: Run, producer: str, alter: Alter, readers: S
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return {reader: seen.get(reader, torch.empty(0)) for reader in readers}
 
 
 def _on_output(module: nn.Module, alter: Alter) -> Any:  # noqa: ANN401  torch's handle
@@ -184,8 +203,8 @@ def _makes_channels(module: nn.Module) -> bool:
 
 
 def _channels(trace: Trace, block: nn.Module, name: str) -> int:
-    out = next((y for n, y in trace.outputs if n == name), None)
-    return -1 if out is None else out.shape[channel_axis(block.get_submodule(name))]
+    out = next(y for n, y in trace.outputs if n == name)
+    return out.shape[channel_axis(block.get_submodule(name))]
 
 
 def _inputs(block: nn.Module, trace: Trace, group: tuple[str, ...]) -> Tensor:

@@ -55,6 +55,35 @@ class Cnn(nn.Module):
         return self.b(F.relu(self.n(self.a(x))))
 
 
+class Router(nn.Module):
+    """Answers with two tensors, as those of transformers do with three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = x @ self.weight.T
+        return logits, logits.argmax(-1)
+
+
+class Routed(nn.Module):
+    """Two experts of two layers; one that no token chooses does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r = nn.Linear(16, 16), Router()
+        self.b, self.c = (nn.ModuleList(nn.Linear(*size) for _ in range(2)) for size in ((16, 12), (12, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        chosen, y = self.r(x)[1], torch.zeros_like(x)
+        for expert, (b, c) in enumerate(zip(self.b, self.c, strict=True)):
+            if (mine := chosen == expert).any():
+                y[mine] = c(F.relu(b(x[mine])))
+        return y
+
+
 def found(block: nn.Module, reader: str, x: Tensor = X) -> Pair | None:
     torch.manual_seed(0)
     pairs = find_pairs(block.double().eval(), lambda b: b(x), [(reader,)])
@@ -109,3 +138,13 @@ def test_a_batch_norm_is_the_producer_of_the_convolution_after_it() -> None:
     assert pair is not None
     assert (pair.producer, pair.head) == ("n", 1)
     keeps_the_function(block, pair, x)
+
+
+def test_experts_that_an_altered_token_does_not_choose() -> None:
+    torch.manual_seed(0)
+    block = Routed().double().eval()
+    readers = [(f"{layer}.{expert}",) for expert in range(2) for layer in "bc"]
+    assert {(p.readers, p.producer) for p in find_pairs(block, lambda b: b(X), readers)} == {
+        (("c.0",), "b.0"),
+        (("c.1",), "b.1"),
+    }
