@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import hf_quant
 from hf_quant import QuantConfig
+from hf_quant.diffusion.loading_pipeline import load_pipeline
 from hf_quant.errors import CheckpointError, ConfigError
 from hf_quant.runtime.packed import Packed
 
@@ -168,6 +169,16 @@ def test_a_lora_is_fused_and_taken_out_to_the_bit(folder: Path, tmp_path: Path) 
     assert torch.equal(draw(pipeline), fused)
     pipeline.save_pretrained(tmp_path / "fused")
     assert torch.equal(draw(load(tmp_path / "fused")), fused)
+
+
+def test_what_is_measured_is_all_of_one_type(folder: Path, tmp_path: Path) -> None:
+    """Left alone, text encoders would be of the type of their files, and the rest float32."""
+    pipeline = load(folder, dtype=torch.bfloat16)
+    hf_quant.quantize(pipeline, RTN, pictures=0, progress=False)
+    pipeline.save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path)
+    assert {loaded.unet.dtype, loaded.text_encoder.dtype, loaded.vae.dtype} == {torch.float32}
+    assert draw(loaded).isfinite().all()
 
 
 def test_a_missing_table_is_an_error(timed: Any, tmp_path: Path) -> None:

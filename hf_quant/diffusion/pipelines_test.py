@@ -166,7 +166,7 @@ def test_the_card_names_the_type_that_loading_has_to_name(tmp_path: Path) -> Non
     pipeline = unet_pipeline().to(torch.bfloat16)
     hf_quant.quantize(pipeline, RTN, pictures=0, progress=False)
     pipeline.save_pretrained(tmp_path / "half")
-    assert 'from_pretrained("half", torch_dtype=torch.bfloat16)  # a DDIM' in (tmp_path / "half/README.md").read_text()
+    assert 'from_pretrained("half", dtype=torch.bfloat16)  # a DDIM' in (tmp_path / "half/README.md").read_text()
 
 
 def test_pickles_carry_no_seal(tmp_path: Path) -> None:
