@@ -89,7 +89,7 @@ def test_tables_come_from_the_json(measured: dict[str, Any]) -> None:
     assert tables.figures([]) == "On GPUs: not measured."
 
 
-@pytest.mark.parametrize(("folder", "marks"), [(2, ["memory", "gpu"]), (1, ["figures", "cpu"])])
+@pytest.mark.parametrize(("folder", "marks"), [(2, ["memory", "gpu"]), (1, ["figures", "cpu", "cpu-avx2"])])
 def test_readmes_have_the_figures_of_the_results(folder: int, marks: list[str]) -> None:
     text = (Path(__file__).parents[folder] / "README.md").read_text()
     assert all(f"<!-- {mark} -->" in text for mark in marks)
@@ -116,9 +116,19 @@ def test_every_layer_is_measured_on_cpu() -> None:
     ratio = times[f"W2 g64: {cpu.REFERENCE}"]["5"] / times[f"W2 g64: {cpu.RUNS}"]["5"]
     text = tables.cpu_figures(result)
     assert f"{ratio:.2f} |" in text
+    ratio = times[cpu.FLOAT]["1"] / times[f"W4 g128: {cpu.RUNS}"]["1"]
+    assert f"| W4 g128 | {ratio:.2f} |" in text.split("float32 product")[1]
     ratio = times[cpu.DENSE]["5"] / times["torch _weight_int8pack_mm"]["5"]
     assert f"{ratio:.2f} |" in text.split("| torch _weight_int8pack_mm | 16 |")[1].splitlines()[0]
     assert "broken (ImportError" in text
+
+
+def test_who_takes_too_long_does_not_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SLOW", -1.0)
+    own = [p for p in PEERS if p.name == "torch _weight_int8pack_mm"]
+    found, absent = cpu.present(own, torch.randn(64, 256))
+    assert not found
+    assert absent[own[0].name] == "takes 0.0 s for 8 tokens"
 
 
 def test_contenders_take_turns() -> None:

@@ -1,9 +1,10 @@
-"""Processor time of quantized linear layers on CPU, one thread, beside torch's bfloat16 and other libraries.
+"""Processor time of quantized linear layers on CPU, one thread, beside torch's own and other libraries.
 
-`python -m hf_quant.kernels.bench.cpu 2048 2048 > kernels/bench/cpu.json`: milliseconds by layer, path and number of
-tokens. All take turns in one process, and before each call 64 MB of something else are read: everybody's weights come
-out of memory, as they do in a model, whoever was there before. Processor time, and the least of many calls, because a
-busy machine does not spoil these. Other libraries (`cpu_peers.py`) take part where they can be imported.
+`python -m hf_quant.kernels.bench.cpu 2048 2048 > kernels/bench/cpu.json` (`cpu-avx2.json` where AVX2 is all there is):
+milliseconds by layer, path and number of tokens. All take turns in one process, and before each call 64 MB of something
+else are read: everybody's weights come out of memory, as they do in a model, whoever was there before. Processor time,
+and the least of many calls, because a busy machine does not spoil these. Other libraries (`cpu_peers.py`) take part
+where they can be imported.
 """
 
 import json
@@ -31,7 +32,8 @@ from hf_quant.spec import Spec, act_spec, int_spec
 CPU = torch.device("cpu")
 TOKENS = (1, 8, 64, 512)
 ELSE = 1 << 24  # float32
-DENSE, RUNS, REFERENCE = "bf16 linear", "as it runs", "dequantize and multiply"
+DENSE, FLOAT, RUNS, REFERENCE = "bf16 linear", "f32 linear", "as it runs", "dequantize and multiply"
+SLOW = 0.5  # seconds for 8 tokens: on a processor that it was not made for
 WRONG = 0.25  # relative error of a product that is another product: 4 bits in blocks give 0.1
 LAYERS: dict[str, tuple[str, Spec, Spec | None]] = {
     "W2 g64": ("int-group/1", int_spec(2, 64), None),
@@ -82,14 +84,20 @@ def present(peers: Sequence[Peer], W_NK: Tensor) -> tuple[dict[str, Bind], dict[
     for peer in peers:
         try:
             bind = peer.make(W_NK)
-            error = float((torch.as_tensor(bind(x_TK)()).float() - expected).norm() / expected.norm())
+            call = bind(x_TK)
+            error = float((torch.as_tensor(call()).float() - expected).norm() / expected.norm())
+            begin = time.process_time()
+            call()
+            seconds = time.process_time() - begin
         except Exception as problem:  # whatever is wrong with somebody else's package is told
             absent[peer.name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:120]
             continue
-        if error < WRONG:
-            found[peer.name] = bind
-        else:
+        if error >= WRONG:
             absent[peer.name] = f"another product: error {error:.2f}"
+        elif seconds > SLOW:
+            absent[peer.name] = f"takes {seconds:.1f} s for 8 tokens"
+        else:
+            found[peer.name] = bind
     return found, absent
 
 
@@ -117,6 +125,7 @@ def measure(
     W_NK = torch.randn(shape)
     dense = W_NK.bfloat16()
     products: dict[str, Bind] = {DENSE: lambda x: partial(F.linear, x, dense)}
+    products[FLOAT] = lambda x: partial(F.linear, x.float(), W_NK)
     for title, layer in LAYERS.items():
         products |= {f"{title}: {path}": product for path, product in paths(shape, *layer).items()}
     others, absent = present(peers, W_NK)

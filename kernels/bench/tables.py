@@ -1,8 +1,8 @@
 """The figures of the READMEs, written from JSON: `python kernels/bench/tables.py README.md kernels/README.md`.
 
 They stand between marks: `<!-- figures -->` and `<!-- /figures -->` for GPUs (`results/`), `gpu` for a paragraph on
-GPUs, `cpu` for products on CPU (`cpu.json`), `memory` for resident memory (`cpu_memory.json` of examples/benchmarks).
-Without any JSON of a GPU they say that nothing was measured.
+GPUs, `cpu` and `cpu-avx2` for products on CPU (`cpu.json`, `cpu-avx2.json`), `memory` for resident memory
+(`cpu_memory.json` of examples/benchmarks). Without any JSON of a GPU they say that nothing was measured.
 """
 
 import json
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RESULTS, CPU = HERE / "results", HERE / "cpu.json"
+RESULTS = HERE / "results"
+CPU = {"cpu": HERE / "cpu.json", "cpu-avx2": HERE / "cpu-avx2.json"}
 MEMORY = HERE.parents[1] / "examples" / "benchmarks" / "results" / "cpu_memory.json"
 
 
@@ -81,10 +82,10 @@ def cpu_figures(result: Mapping[str, Any]) -> str:
     runs = {n: times.get(f"{n}: as it runs", reference[n]) for n in layers}
     shape, versions = " x ".join(map(str, result["shape"])), ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     parts = [f"{shape}; {versions}."]
-    for title, base in (
-        ("Times torch's bf16 product", dict.fromkeys(layers, dense)),
-        ("Times dequantizing and multiplying in bf16", reference),
-    ):
+    bases = {"Times torch's bf16 product": dict.fromkeys(layers, dense)}
+    if "f32 linear" in times:
+        bases["Times torch's float32 product"] = dict.fromkeys(layers, times["f32 linear"])
+    for title, base in (bases | {"Times dequantizing and multiplying": reference}).items():
         rows = [[n, *(f"{base[n][t] / runs[n][t]:.2f}" for t in dense)] for n in layers]
         parts.append(f"{title}; columns are tokens:\n\n" + _table(["", *dense], rows))
     peers = result.get("peers", {})
@@ -171,7 +172,8 @@ def written(text: str) -> str:
     """The text with all that was measured in its places."""
     text = put(text, "figures", figures(all_results()))
     text = put(text, "gpu", gpu_figures(all_results()))
-    text = put(text, "cpu", cpu_figures(json.loads(CPU.read_text())))
+    for name, path in CPU.items():
+        text = put(text, name, cpu_figures(json.loads(path.read_text())))
     return put(text, "memory", memory_figures(json.loads(MEMORY.read_text())))
 
 
