@@ -192,9 +192,9 @@ def _on_input(module: nn.Module, alter: Alter) -> Any:  # noqa: ANN401
 
 
 def channel_axis(module: nn.Module) -> int:
-    """Where a module's channels are in its input and output: second for images, else last."""
-    image = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.modules.batchnorm._BatchNorm)
-    return 1 if image else -1
+    """Where a module's channels are in its input and output: second for images and norms over them, else last."""
+    image = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.modules.batchnorm._BatchNorm | nn.GroupNorm
+    return 1 if isinstance(module, image) else -1
 
 
 def _makes_channels(module: nn.Module) -> bool:

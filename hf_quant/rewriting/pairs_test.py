@@ -140,6 +140,23 @@ def test_a_batch_norm_is_the_producer_of_the_convolution_after_it() -> None:
     keeps_the_function(block, pair, x)
 
 
+def test_a_group_norm_over_channels_that_are_turned_to_the_end() -> None:
+    """The attention of a U-Net: `[B, C, T]` is normed, tokens are rows of what reads it."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n, self.b = nn.GroupNorm(4, 16), nn.Linear(16, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.n(x.mT).mT)
+
+    pair = found(Turned(), "b", torch.randn(2, 9, 16, dtype=torch.float64))
+    assert pair is not None
+    assert (pair.producer, pair.head) == ("n", 16)
+    keeps_the_function(Turned().double(), pair, torch.randn(2, 9, 16, dtype=torch.float64))
+
+
 def test_experts_that_an_altered_token_does_not_choose() -> None:
     torch.manual_seed(0)
     block = Routed().double().eval()
