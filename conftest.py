@@ -22,6 +22,14 @@ def tiny_lm_path() -> Path:
 
 
 @pytest.fixture
+def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers in float32 run their format's reference, as on processors that multiply bfloat16: for what is compared to
+    the bit with layers that lie on disk or were dequantized, which no kernel has laid out.
+    """
+    monkeypatch.setattr("hf_quant.kernels._cpu.native.why_not", lambda: "a test compares references")
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch computes in one thread. Put back afterwards: sums depend on it, and other tests compare processes."""
     before = torch.get_num_threads()

@@ -144,6 +144,7 @@ EMBEDDINGS = {  # what the user names -> modules that are quantized and share on
 
 
 @pytest.mark.parametrize("name", sorted(EMBEDDINGS))
+@pytest.mark.usefixtures("by_reference")
 def test_embeddings_on_request(name: str, saved: Save, tmp_path: Path) -> None:
     pattern, modules = EMBEDDINGS[name]
     config = lambda: rtn(overrides={pattern: {"bits": 8}})  # noqa: E731

@@ -13,6 +13,7 @@ from hf_quant.formats import Layer, PackedFormat
 from hf_quant.runtime.weight_view import written
 
 READ_MEMORY = (Tensor.numpy, Tensor.tolist)
+POINT_TO_MEMORY = (Tensor.untyped_storage, Tensor.storage, Tensor.data_ptr)
 
 
 class Owner(Protocol):
@@ -74,9 +75,11 @@ class LaidOut(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Methods that read memory behind the dispatcher's back get the canonical tensor."""
-        if func in READ_MEMORY:
-            args = tree_map_only(cls, cls.restored, args)
+        """Methods that read memory behind the dispatcher's back get the canonical tensor; where they answer with its
+        place, the module's own, which stays there until the next forward.
+        """
+        if func in READ_MEMORY or func in POINT_TO_MEMORY:
+            args = tree_map_only(cls, cls.restored if func in READ_MEMORY else cls._to_write, args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 

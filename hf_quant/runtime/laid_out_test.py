@@ -113,6 +113,18 @@ def test_writing_has_the_codes_taken_back(pair: tuple[QuantLinear, dict[str, Ten
         (alone if isinstance(alone, LaidOut) else laid_out_orphan()).zero_()
 
 
+def test_files_of_laid_out_codes_are_canonical(
+    pair: tuple[QuantLinear, dict[str, Tensor], Tensor], tmp_path: Path
+) -> None:
+    """What writes a file asks where the codes lie (`enable_group_offload(offload_to_disk_path=...)` of diffusers)."""
+    layer, before, _ = pair
+    y, codes = layer(X), layer.qweight.data
+    save_file({"qweight": codes}, tmp_path / "codes.safetensors")
+    assert torch.equal(load_file(tmp_path / "codes.safetensors")["qweight"], before["qweight"])
+    assert torch.equal(layer(X), y)
+    assert isinstance(layer.qweight, LaidOut)
+
+
 def laid_out_orphan() -> Tensor:
     layer = made()
     layer(X)
