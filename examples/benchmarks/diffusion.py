@@ -53,7 +53,7 @@ METHODS = {  # what is not the method's default, so that a row takes minutes on 
     "ptq4dm": {},
     "tdq": {},
     "qdrop": {"steps": 150},
-    "q-diffusion": {"iterations": 500},
+    "q-diffusion": {},
     "tfmq-dm": {"iterations": 500},
     "svdquant": {"rank": 4},  # where layers are 64 to 128 wide, the branch of rank 32 alone takes 21 bits a weight
 }
@@ -217,14 +217,20 @@ def write(rows: list[dict]) -> None:
 
 
 def heading(rows: list[dict]) -> str:
-    given = {r["method"]: r["arguments"] for r in rows}
+    """What rows have in common, and which arguments of which are not their defaults."""
+    places: dict[str, dict[str, list[str]]] = {}
+    for r in rows:
+        given = ", ".join(f"{k}={v}" for k, v in r["arguments"].items() if k not in ("bits", "act_bits"))
+        where = places.setdefault(r["method"], {}).setdefault(given, [])
+        where += [] if (place := f"{r['pipeline']} at {r['setting']}") in where else [place]
     shortened = [
-        f"{method} with {', '.join(f'{k}={v}' for k, v in found.items() if k not in ('bits', 'act_bits'))}"
-        for method, found in given.items()
-        if found.keys() - {"bits", "act_bits"}
+        f"{method} with {given}" + (f" ({', '.join(where)})" if len(found) > 1 else "")
+        for method, found in sorted(places.items())
+        for given, where in found.items()
+        if given
     ]
     text = "Pictures of 20 steps; ± is the deviation of seeds."
-    return text + (f" Not their defaults: {'; '.join(sorted(shortened))}." if shortened else "")
+    return text + (f" Not their defaults: {'; '.join(shortened)}." if shortened else "")
 
 
 def curves(rows: list[dict]) -> Any:  # noqa: ANN401  a matplotlib Figure
