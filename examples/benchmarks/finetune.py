@@ -3,8 +3,8 @@
 Every model is trained against its full-precision original on the same windows, saved, loaded back and then measured.
 `closed` is the share of gptq's KL at the same bits that is gone; gptq-refined is where lr-qat, l4q and lsq begin. With
 `--equal time` each method trains as many steps as fit into the seconds of the slowest row of the same bits (what does
-not train: more rounds; gptq has nothing to spend time on and stays as it is). Seconds are those of one thread's
-processor, whatever else runs on the machine.
+not train: more rounds; gptq has nothing to spend time on and stays as it is; a row that would get less than a tenth
+more stays as it is, too). Seconds are those of one thread's processor, whatever else runs on the machine.
 
 Peers are trained by the same loss: `peft-nf4` is QLoRA as PEFT does it on bitsandbytes' NF4, whose adapter stays beside
 the codes, as qlora's does; `torchao-qat` is its `QATConfig` over `IntxWeightOnlyConfig`, symmetric as it must be, from
@@ -42,6 +42,7 @@ from hf_quant.measure.reference_logits import store
 HERE = Path(__file__).resolve().parent
 METHODS = ["gptq", "gptq-refined", "lsq", "lr-qat", "l4q", "qa-lora", "qlora", "qlora:init=loftq"]
 ROUNDS = 2  # of gptq-refined, as it comes
+ALIKE = 10  # fewer additional steps than a tenth are none: seconds vary by as much
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,10 @@ def main() -> None:
                 if much is None:
                     continue
                 run = PEERS.get(asked.method, ours)
-                row = {"bits": bits, "method": str(asked), "equal": given.equal}
-                row |= run(given, asked, bits, much, ids, original, lambda model: measured(given, model, logits, test))
+                row = same(given, bits, asked, much) or {
+                    **{"bits": bits, "method": str(asked), "equal": given.equal},
+                    **run(given, asked, bits, much, ids, original, lambda model: measured(given, model, logits, test)),
+                }
                 print(json.dumps(row), flush=True)
                 write(given, [r for r in kept(given) if key_of(r) != key] + [row])
 
@@ -130,7 +133,14 @@ def amount(given: argparse.Namespace, bits: int, asked: Asked) -> int | None:
     if not mine or "spent" not in mine[0] or asked.method == "gptq":
         return None
     fixed = mine[0]["seconds"] - mine[0]["spent"]
-    return max(1, round(first * (max(r["seconds"] for r in rows) - fixed) / mine[0]["spent"]))
+    much = max(1, round(first * (max(r["seconds"] for r in rows) - fixed) / mine[0]["spent"]))
+    return first if much - first < first / ALIKE else much
+
+
+def same(given: argparse.Namespace, bits: int, asked: Asked, much: int) -> dict | None:
+    """The row at equal tokens of as many steps: what it found is what this one would find."""
+    rows = [r for r in kept(given) if r["bits"] == bits and r["equal"] == "tokens" and r["method"] == str(asked)]
+    return rows[0] | {"equal": "time"} if given.equal == "time" and rows and rows[0]["much"] == much else None
 
 
 Judge = Callable[[nn.Module], dict]
