@@ -2,9 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hf_quant.data.reading import (
     to_rows,
     tokenize,
 )
+from hf_quant.data.samples import as_batches, is_sample
 from hf_quant.diffusion.denoising import Denoising
 from hf_quant.errors import CalibrationError
 
@@ -105,7 +106,7 @@ def describe(data: Data) -> str:
     if isinstance(data, list | tuple):
         first = data[0] if data else None
         return f"{len(data)} " + (
-            "texts" if isinstance(first, str) else "batches" if isinstance(first, Mapping) else "rows"
+            "texts" if isinstance(first, str) else "batches" if is_batch(first) and not is_sample(first) else "rows"
         )
     name = getattr(getattr(data, "info", None), "dataset_name", None)
     return f"{type(data).__name__} {name}" if name else type(data).__name__
@@ -118,14 +119,19 @@ def model_inputs(
     length: int,
     seed: int,
     batch_size: int,
+    model: nn.Module | None = None,
 ) -> list[Batch]:
     """Micro-batches for a model's forward: dicts of tensors pass through as they are, all else becomes token windows.
+
+    Of a dataset's rows, all that the model takes is kept (ids, labels, a mask, ...), see `samples.as_batches`.
 
     Raises:
         CalibrationError: see `token_windows`.
     """
     handle = data if isinstance(data, Calibration) else None
-    batches, source = _as_they_are(handle.data if handle else data)
+    takes = None if model is None else signature(model.forward).parameters
+    rows = None if takes is None else lambda items: as_batches(islice(items, samples), takes, length, batch_size)
+    batches, source = _as_they_are(handle.data if handle else data, rows)
     if batches is not None:
         if handle:
             handle._used = fingerprint(batches)
@@ -150,11 +156,17 @@ def held_out(data: Data, processor: Processor, window: int, tokens: int, batch_s
     return [{"input_ids": part} for part in ids.split(batch_size)]
 
 
-def _as_they_are(data: Data) -> tuple[list[Batch] | None, Tensor | Iterator[Item]]:
-    """Dicts of tensors when the data is that, and whatever it is otherwise."""
+def _as_they_are(
+    data: Data, rows: Callable[[Iterator[Item]], list[Batch]] | None = None
+) -> tuple[list[Batch] | None, Tensor | Iterator[Item]]:
+    """Dicts of tensors when the data is that, or what `rows` makes of samples, and whatever it is otherwise."""
     source = open_data(data)
     if isinstance(source, Tensor):
         return None, source
+    head = list(islice(source, 1))
+    source = chain(head, source)
+    if rows is not None and head and is_sample(head[0]):
+        return rows(source), source
     first, source = peek(source)
     return [as_batch(b, i) for i, b in enumerate(source)] if is_batch(first) else None, source
 

@@ -121,12 +121,20 @@ def peek(items: Iterator[Item]) -> tuple[Item, Iterator[Item]]:
 def _field(item: Item) -> Item:
     if not isinstance(item, Mapping) or is_batch(item):
         return item
+    if "input_ids" in item and "attention_mask" in item:
+        return item["input_ids"][unmasked(item["attention_mask"])]
     for column in ("input_ids", "text"):
         if column in item:
             return item[column]
     raise CalibrationError(
         f"the dataset has no column 'text' or 'input_ids', only {sorted(map(str, item))}; rename one"
     )
+
+
+def unmasked(mask: Any) -> slice:  # noqa: ANN401  an array or a list
+    """What lies between the padding at either end of a row."""
+    there = np.flatnonzero(np.asarray(mask))
+    return slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0)
 
 
 def is_batch(item: Item) -> bool:

@@ -198,7 +198,7 @@ def _sets(config: QuantConfig, processor: Any, model: nn.Module, sets: int, samp
     """Disjoint calibration sets."""
     length = min(256, calibration.context_length(model) or 256)
     batches = calibration.model_inputs(
-        config.calibration, processor, sets * samples, length, config.seed, min(4, samples)
+        config.calibration, processor, sets * samples, length, config.seed, min(4, samples), model
     )
     size = -(-len(batches) // sets)
     return [batches[i : i + size] for i in range(0, len(batches), size)]

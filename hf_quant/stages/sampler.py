@@ -83,7 +83,8 @@ class TextSampler:
 
     Ids are taken as they are (first `samples` rows, cut to `length`). Texts are tokenized, joined by the end-of-text
     token and cut into windows, of which `samples` are drawn with the seed. No window is longer than the model takes.
-    A list of dicts of tensors (images, or ids with a mask) passes through unchanged, each dict one micro-batch.
+    A list of dicts of tensors (images, or ids with a mask) passes through unchanged, each dict one micro-batch; rows of
+    a dataset keep their labels and masks.
     """
 
     samples: int = 128
@@ -101,7 +102,7 @@ class TextSampler:
         from hf_quant.data.calibration import check_inputs, context_length, model_inputs
 
         length = min(self.length, (context_length(model) if model is not None else None) or self.length)
-        batches = model_inputs(data, processor, self.samples, length, seed, self.batch_size)
+        batches = model_inputs(data, processor, self.samples, length, seed, self.batch_size, model)
         if model is not None:
             check_inputs(batches, model)
         return batches
