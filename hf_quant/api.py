@@ -143,6 +143,9 @@ def finetune(
 ) -> Report | dict[str, Report]:
     """Quantize a float model or pipeline by training it, in place. As `quantize`, for methods that train and no other.
 
+    Labels in the data (of batches, or of a tokenized dataset's rows) are what a `distill` below 1 trains on; a causal
+    language model's are its tokens where there are none.
+
     With `config.run_dir` a training that was cut off goes on from its last checkpoint. Processes that torchrun or
     `accelerate launch` started share each step's batch. What is learned and the frozen weights are shared out among
     them by `--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP

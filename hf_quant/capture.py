@@ -136,8 +136,11 @@ def first_tensor(out: Any) -> Tensor:  # noqa: ANN401  whatever a block returns
 
 
 def answer(out: Any) -> Tensor:  # noqa: ANN401  whatever a model returns
-    """What a whole model puts out: its logits, or the first tensor."""
-    return out.logits if isinstance(getattr(out, "logits", None), Tensor) else first_tensor(out)
+    """What a whole model puts out: its logits, or the first tensor that is no loss."""
+    if isinstance(getattr(out, "logits", None), Tensor):
+        found: Tensor = out.logits
+        return found
+    return first_tensor({n: v for n, v in out.items() if n != "loss"} if isinstance(out, Mapping) else out)
 
 
 @torch.no_grad()
@@ -192,13 +195,19 @@ def record(
 
 def run_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:  # noqa: ANN401
     """One forward without a cache."""
-    kwargs: dict[str, Any] = to_device(model_inputs_of(batch), device)
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in kwargs:
-        kwargs["decoder_input_ids"] = kwargs["input_ids"]
-    if hasattr(config, "use_cache"):
+    kwargs: dict[str, Any] = to_device(arguments_of(model, batch), device)
+    if hasattr(getattr(model, "config", None), "use_cache"):
         kwargs["use_cache"] = False
     return model(**kwargs)
+
+
+def arguments_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What a model's forward is given of a batch: a decoder makes its inputs of labels, or else reads the encoder's."""
+    given = model_inputs_of(batch)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "input_ids" in given:
+        own = {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & given.keys()
+        return given if own else {**given, "decoder_input_ids": given["input_ids"]}
+    return given
 
 
 @contextmanager

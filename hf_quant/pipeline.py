@@ -44,6 +44,8 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
         batches: list[Batch] = []
         if any(not r.data_free for r in (recipe, *(p.recipe for p in plan.sites.values()))):
             batches = recipe.sampler.sample(job.data, job.processor, job.seed, model)
+        if recipe.trainer is not None:
+            recipe.trainer.check(model, batches)
         named = job.data.drawing.class_labels if isinstance(job.data, Denoising) else ()  # few samples miss some
         timed = follow_timesteps(model, recipe, plan, batches, named)
         with RunDir.open(job.run_dir, model, recipe, job, batches) as run_dir:

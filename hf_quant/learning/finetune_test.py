@@ -8,13 +8,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.cli.app import app
-from hf_quant.errors import ConfigError, NotSupported, RunError, UnsupportedModel, UnsupportedSpec
+from hf_quant.errors import CalibrationError, ConfigError, NotSupported, RunError, UnsupportedModel, UnsupportedSpec
 from hf_quant.recipe import Job, Recipe
 from hf_quant.spec import act_spec, int_spec
 from hf_quant.stages.reconstruction import FisherMse
@@ -203,6 +213,53 @@ def test_a_model_with_transposed_weights() -> None:
     assert all(e.error < 0.05 for e in report.quantized)
     assert {n: p.requires_grad for n, p in model.named_parameters() if "wte" in n} == before
     assert not any("parametrizations" in n for n, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_nothing_is_dropped_by_blocks_that_drop_by_themselves(again: bool) -> None:
+    """OPT's blocks ask their own `training`, which is also what turns on that activations are computed again."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "num_hidden_layers": 1}
+    model = OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=2, max_position_embeddings=64, dropout=0.5))
+    config = QuantConfig("lsq", bits=8, group_size=32, steps=1, gradient_checkpointing=again)
+    assert hf_quant.finetune(model, config, tokens(), progress=False).training["first_loss"] < 1e-4
+
+
+def test_a_decoder_reads_what_its_labels_make() -> None:
+    """While it is calibrated, trained and compared; padded labels are not counted."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    data, rows = {"input_ids": tokens(), "labels": tokens()[:, :20].clone()}, []
+    data["labels"][:4, 10:] = -100
+    hook = model.lm_head.register_forward_hook(lambda _, args, out: rows.append(len(out.flatten(0, -2))))
+    config = QuantConfig("lr-qat", bits=4, group_size=32, rank=2, steps=1)
+    training = hf_quant.finetune(model, config, data, progress=False).training
+    hook.remove()
+    assert training["logit_difference"] < 1e-4 * training["logits"]
+    assert set(rows) == {8 * 20, 20}  # never what the encoder reads; in the end one row
+
+
+def test_an_answer_a_row_has_no_padding() -> None:
+    """A classifier's logits have no positions that a mask of tokens could pick; a loss of its own needs labels."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2)).eval()
+    data = {"input_ids": tokens(), "attention_mask": torch.ones(8, 32).long()}
+    data["attention_mask"][:, 20:] = 0
+    config = {"bits": 4, "group_size": 32, "steps": 1, "distill": 0.5}
+    with pytest.raises(CalibrationError, match="BertForSequenceClassification needs labels"):
+        hf_quant.finetune(model, QuantConfig("lsq", **config), data)
+    data["labels"] = torch.arange(8) % 2
+    training = hf_quant.finetune(model, QuantConfig("lsq", **config), data, progress=False).training
+    assert training["tokens"] == 8 * 20
+    assert training["first_loss"] == pytest.approx(0.5 * np.log(2), rel=0.1)
+
+
+def test_a_step_without_a_label_is_no_divergence() -> None:
+    ids, config = tokens(), QuantConfig("lsq", bits=4, group_size=32, steps=1, distill=0.5)
+    data = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    assert hf_quant.finetune(llama(), config, data, progress=False).training["last_loss"] < 0.1
 
 
 def test_command(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Rows: the samples that a training draws its batches from."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_quant.errors import UnsupportedModel
+from hf_quant.errors import CalibrationError, UnsupportedModel
 from hf_quant.runtime.clock import NAME
 from hf_quant.stages.sampler import Batch
 
@@ -46,6 +47,32 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+def check_labels(model: Any, batches: Sequence[Batch]) -> None:  # noqa: ANN401  a model of any library
+    """A model's own loss needs labels; of a causal language model they are its tokens.
+
+    Raises:
+        CalibrationError: there are none.
+    """
+    causal = getattr(model, "can_generate", bool)() and not model.config.is_encoder_decoder
+    if any("labels" not in batch and not (causal and "input_ids" in batch) for batch in batches):
+        raise CalibrationError(
+            f"distill < 1 trains on the model's own loss, for which {type(model).__name__} needs labels: give them "
+            "beside its other inputs (batches or rows with 'labels'), or distill=1"
+        )
+
+
+def counted(model: Any, inputs: Mapping[str, Tensor], answer: Tensor) -> Any:  # noqa: ANN401  an index
+    """Which positions of a model's answer `[..., V]` are no padding: a mask, or `...` for all of them."""
+    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and (
+        labels is not None or "decoder_input_ids" in inputs
+    ):
+        mask = inputs.get("decoder_attention_mask", None if labels is None else labels != -100)
+    return ... if mask is None or mask.shape != answer.shape[:-1] else mask != 0
+
+
 def size_of(inputs: Mapping[str, Tensor]) -> int:
-    """Tokens of a batch; rows of a model that takes none."""
-    return inputs["input_ids"].numel() if "input_ids" in inputs else len(next(iter(inputs.values())))
+    """Tokens of a batch, without padding; rows of a model that takes none."""
+    if "input_ids" not in inputs:
+        return len(next(iter(inputs.values())))
+    return int((inputs["attention_mask"] != 0).sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_quant.capture import answer
-from hf_quant.errors import RunError
-from hf_quant.integrations.recomputing import recompute_activations
+from hf_quant.capture import answer, arguments_of
+from hf_quant.errors import CalibrationError, RunError
+from hf_quant.learning.evaluated import as_evaluated, recompute_as_evaluated
 from hf_quant.learning.kept import Offset, offsets, settled
-from hf_quant.learning.rows import ENTRY, collate, rows_of, size_of
+from hf_quant.learning.rows import ENTRY, collate, counted, rows_of, size_of
 from hf_quant.learning.shards import as_shared, gathered, mine, whole
 from hf_quant.learning.student import Student
 from hf_quant.learning.undone import own_generators, own_modules, quiet
@@ -36,7 +35,7 @@ from hf_quant.running.distributed import processes
 from hf_quant.running.progress import inner
 from hf_quant.runtime.branches import Branch
 from hf_quant.stages.reconstruction import InputQuant
-from hf_quant.stages.sampler import Batch, model_inputs_of
+from hf_quant.stages.sampler import Batch
 from hf_quant.stages.trainer import Qat, Trained
 from hf_quant.stages.tuner import Fitted
 
@@ -67,7 +66,7 @@ def train(
     ):
         modules = {name: tree.get_submodule(name) for name in start}
         if how.gradient_checkpointing:
-            recompute_activations(tree)
+            recompute_as_evaluated(tree)
         vectors = offsets(tree) if how.lr_norms else {}
         rows = rows_of(batches)
         for name, fitted in start.items():
@@ -193,21 +192,28 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         num_items_in_batch: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         """The loss of `Qat`, and the penalties of the roundings."""
-        how, distill, mask = self.how, self.how.distill, inputs.get("attention_mask")
-        _as_evaluated(model)
-        if distill < 1 and "labels" not in inputs and "input_ids" in inputs:
-            ids = inputs["input_ids"]
+        how, distill = self.how, self.how.distill
+        as_evaluated(model)
+        if distill < 1 and "labels" not in inputs:  # of a causal language model, see `rows.check_labels`
+            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
             inputs = {**inputs, "labels": ids if mask is None else ids.masked_fill(mask == 0, -100)}
         out = self.run_model(model, inputs)
-        mine, of = answer(out), ... if mask is None else mask != 0
-        loss = torch.zeros((), device=mine.device)
+        mine = answer(out)
+        of, parts = counted(self.model, inputs, mine), []
         if distill > 0:
             with torch.no_grad(), self._teacher():
                 target = how.loss.remember(answer(self.run_model(model, inputs))[of])
-            loss = distill * how.loss.loss(mine[of], target, None)
+            parts.append((distill * how.loss.loss(mine[of], target, None), float(target.shape[:-1].numel())))
         if distill < 1:
-            loss = loss + (1 - distill) * out.loss
-        loss = self._keep(loss, float(size_of(inputs) if mask is None else mask.sum()))
+            if (own := getattr(out, "loss", None)) is None:
+                raise CalibrationError(
+                    f"distill={distill} trains on the model's own loss, and {type(self.model).__name__} computes none "
+                    f"of {', '.join(inputs)}: give it the labels it wants, or distill=1"
+                )
+            targets = float((inputs["labels"] != -100).sum())
+            own = own if targets else 0 * mine.flatten()[0]  # the mean over no label is no number
+            parts.append(((1 - distill) * own, targets))
+        loss = self._shared(parts, float(size_of(inputs)))
         progress = self.state.global_step / max(1, self.how.steps)
         for student in self.students.values():
             penalty = student.fake.anneal(progress)
@@ -221,23 +227,28 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             if student.inputs is not None:
                 student.inputs.entry_B = inputs.get(ENTRY)
         with self.accelerator.autocast():
-            return model(**model_inputs_of(inputs))
+            return model(**arguments_of(self.model, inputs))
 
-    def _keep(self, loss: Tensor, tokens: float) -> Tensor:
-        """Note loss and tokens of a step; returns the process's part of the mean over the tokens of all of them."""
-        count = processes()
-        part = torch.stack([loss.detach() * tokens, loss.new_tensor(tokens)])
-        total, everywhere = self.accelerator.reduce(part, "sum").tolist() if count > 1 else part.tolist()
-        mean = total / everywhere
+    def _shared(self, parts: Sequence[tuple[Tensor, float]], tokens: float) -> Tensor:
+        """Note loss and tokens of a step; returns the process's share of the sum of `parts`.
+
+        Each is a mean, and over how many (positions, labels): it is taken over those of all processes.
+        """
+        means, several = torch.stack([mean for mean, _ in parts]), processes()
+        counts = means.new_tensor([count for _, count in parts])
+        sums = torch.cat([means.detach() * counts, counts, means.new_tensor([tokens])])
+        sums = self.accelerator.reduce(sums, "sum") if several > 1 else sums
+        totals, everywhere = sums[: len(parts)], sums[len(parts) : -1].clamp(min=1)
+        mean = float((totals / everywhere).sum())
         if not math.isfinite(mean):
             raise RunError(
                 f"training diverged: the loss is {mean} at step {len(self.history) + 1} of {self.how.steps}; give a "
                 "smaller learning rate (lr=...), or a number of type bfloat16 or float32 to what is float16"
             )
-        self.history.append((mean, everywhere))
+        self.history.append((mean, float(sums[-1])))
         next(self.bar, None)
-        mine: Tensor = loss * (tokens * count / everywhere)
-        return mine
+        share: Tensor = (means * (counts * several / everywhere)).sum()
+        return share
 
     @contextmanager
     def _teacher(self) -> Iterator[None]:
@@ -307,11 +318,3 @@ class _Steps(TrainerCallback):  # type: ignore[misc]  # an untyped base
         """Parameters have moved."""
         for student in self.trainer.students.values():
             student.fake.after_step()
-
-
-def _as_evaluated(model: nn.Module) -> None:
-    """Eval mode (the Trainer sets the other), but for layers that compute their activations again."""
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True

@@ -48,6 +48,9 @@ class Trainer(Protocol):
     def refuses(self, model: nn.Module, layer: Layer) -> str | None:
         """None when it can train such a layer of this model, else the reason (asked at plan time)."""
 
+    def check(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        """Raises `CalibrationError` or `UnsupportedModel` for data that it cannot train on (before any work)."""
+
     def train(
         self,
         model: nn.Module,
@@ -123,6 +126,14 @@ class Qat:
         if refusal is None and isinstance(self.rounding, ShapeBound):
             return self.rounding.refuses_matrix(layer.shape, layer.weights)
         return refusal
+
+    def check(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        """Rows of one kind, and labels where they are needed."""
+        from hf_quant.learning.rows import check_labels, rows_of
+
+        rows_of(batches)
+        if self.distill < 1:
+            check_labels(model, batches)
 
     def train(
         self,
