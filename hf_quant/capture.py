@@ -29,14 +29,14 @@ HIDDEN = "hidden_states"
 class Call:
     """How one block was called, without its hidden states."""
 
-    positional: bool  # hidden states came as the first positional argument, else by keyword
+    keyword: str | None  # under which hidden states came; None: as the first positional argument
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def like(self, other: "Call") -> bool:
         """Whether the arguments are the same objects (or equal plain values)."""
         mine, theirs = ((*c.args, *c.kwargs.values()) for c in (self, other))
-        if self.positional != other.positional or list(self.kwargs) != list(other.kwargs):
+        if self.keyword != other.keyword or list(self.kwargs) != list(other.kwargs):
             return False
         pairs = zip(mine, theirs, strict=False)
         return len(self.args) == len(other.args) and all(
@@ -47,7 +47,7 @@ class Call:
         """Call `block` the same way with other hidden states; returns its output hidden states."""
         args, kwargs = to_device((self.args, self.kwargs), device)
         hidden = hidden.to(device)
-        out = block(hidden, *args, **kwargs) if self.positional else block(**{HIDDEN: hidden}, **kwargs)
+        out = block(hidden, *args, **kwargs) if self.keyword is None else block(**{self.keyword: hidden}, **kwargs)
         return first_tensor(out)
 
 
@@ -113,8 +113,14 @@ class _Forward:
                 f"block {name} runs more than once in a forward, which block-wise capture cannot follow; "
                 "use a method that needs no calibration data, such as rtn"
             )
-        hidden = args[0] if args else kwargs[HIDDEN]
-        self.calls[name] = Call(bool(args), args[1:], {k: v for k, v in kwargs.items() if k != HIDDEN})
+        keyword = None if args else HIDDEN if HIDDEN in kwargs else next(iter(kwargs), None)
+        hidden = args[0] if args else kwargs.get(keyword)
+        if not isinstance(hidden, Tensor):
+            raise UnsupportedModel(
+                f"block {name} is called with {type(hidden).__name__} in the place of hidden states, which block-wise "
+                "capture cannot follow; use a method that needs no calibration data, such as rtn"
+            )
+        self.calls[name] = Call(keyword, args[1:], {k: v for k, v in kwargs.items() if k != keyword})
         if self.chains and self.outputs.get(id(hidden), ("", hidden))[0] == self.chains[-1][-1]:
             self.chains[-1].append(name)
         else:
@@ -198,7 +204,22 @@ def run_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:  # n
     kwargs: dict[str, Any] = to_device(arguments_of(model, batch), device)
     if hasattr(getattr(model, "config", None), "use_cache"):
         kwargs["use_cache"] = False
-    return model(**kwargs)
+    with _no_cache_inside(model):
+        return model(**kwargs)
+
+
+@contextmanager
+def _no_cache_inside(model: nn.Module) -> Iterator[None]:
+    """The part that writes text has a config of its own, and a call that is repeated finds in a cache its first keys."""
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    before = [(config, config.use_cache) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config.use_cache = False
+        yield
+    finally:
+        for config, use_cache in before:
+            config.use_cache = use_cache
 
 
 def arguments_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
