@@ -83,7 +83,7 @@ class Loop:
     def _calibrated_blocks(self) -> Iterator[Entry]:
         device = self._device()
         fp_recording = self._record()
-        self._refuse_unreached(union(fp_recording.reached))
+        self._refuse_unreached(fp_recording)
         run = {name for chain in fp_recording.chains for name in chain}
         for name in self.plan.blocks:
             if name not in run:  # all of it was allowed by name, or is kept
@@ -109,11 +109,18 @@ class Loop:
 
     def refuse_unreached(self) -> None:
         """Stop before any work when the data misses sites: all of them at once, not one a night."""
-        self._refuse_unreached(union(self._record().reached))
+        self._refuse_unreached(self._record())
 
-    def _refuse_unreached(self, reached: set[str]) -> None:
-        planned = {p.site.name: p for p in self.plan.sites.values() if p.recipe.needs or p.recipe.tuner}
-        missed = [n for n, p in planned.items() if n not in reached and not self._excused(p)]
+    def _refuse_unreached(self, recording: Recording) -> None:
+        reached = union(recording.reached | {name for chain in recording.chains for name in chain})
+
+        def missed_by(plan: SitePlan) -> bool:
+            if plan.recipe.needs or plan.recipe.tuner:
+                return plan.site.name not in reached
+            return bool(plan.recipe.transform_needs and plan.site.block) and plan.site.block not in reached
+
+        planned = {p.site.name: p for p in self.plan.sites.values()}
+        missed = [n for n, p in planned.items() if missed_by(p) and not self._excused(p)]
         if missed:
             raise CalibrationError(unreached(covering(missed, planned)))
 

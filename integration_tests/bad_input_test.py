@@ -38,6 +38,7 @@ from hf_quant.errors import (
     UnsupportedModel,
 )
 from hf_quant.loading import load_model
+from hf_quant.testing.subjects import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.randint(0, 64, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -276,6 +277,19 @@ def test_an_expert_that_no_token_reaches() -> None:
         hf_quant.quantize(model, QuantConfig("gptq", group_size=32), data=IDS)
     report = hf_quant.quantize(model, QuantConfig("gptq", group_size=32, allow=["*experts*"]), data=IDS)
     assert any("calibration" in e.reason for e in report.quantized), "the report says which were rounded to nearest"
+
+
+@pytest.mark.parametrize("method", ["gptq", "smoothquant"])  # statistics for the solver; for the transform alone
+def test_a_vision_tower_without_images(method: str) -> None:
+    subject = SUBJECTS["vlm"]
+    text = [{"input_ids": batch["input_ids"][:, 16:]} for batch in subject.data()]
+    model = subject.model()
+    with pytest.raises(CalibrationError, match=r"batches with images.*allow=\[\"model\.vision_tower\.\*\""):
+        hf_quant.quantize(model, QuantConfig(method), data=text)
+    allowed = ["model.vision_tower.*", "model.multi_modal_projector.*"]
+    hf_quant.quantize(model, QuantConfig(method, allow=allowed), data=text, progress=False)
+    plain = {"model.vision_tower.*": {"method": "rtn"}, "model.multi_modal_projector.*": {"method": "rtn"}}
+    hf_quant.quantize(subject.model(), QuantConfig(method, overrides=plain), data=text, progress=False)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
