@@ -210,7 +210,7 @@ def run_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:  # n
 
 @contextmanager
 def _no_cache_inside(model: nn.Module) -> Iterator[None]:
-    """The part that writes text has a config of its own, and a call that is repeated finds in a cache its first keys."""
+    """The part that writes text has a config of its own, and a call that is repeated would read its first keys."""
     configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
     before = [(config, config.use_cache) for config in configs.values()]
     try:

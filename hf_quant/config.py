@@ -12,14 +12,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_quant.allocation.budget import Budget
 from hf_quant.allocation.mixed import budgeted
 from hf_quant.data.calibration import Calibration
-from hf_quant.errors import CheckpointError, ConfigError
-from hf_quant.method import method_named
+from hf_quant.errors import CheckpointError, ConfigError, HfQuantError
+from hf_quant.method import COMMON, method_named
 from hf_quant.recipe import HfQuantizer, Job, Recipe
 
 T = TypeVar("T")
 VERSION = 1  # of the JSON; a newer one is refused
-# What `QuantConfig` takes of every method, for those who look for `dataset`, `ignore` or `modules_to_not_convert`.
-COMMON = ("budget", "calibration", "processor", "skip", "overrides", "allow", "seed", "device", "run_dir")
 
 
 class QuantMethod(enum.StrEnum):
@@ -201,9 +199,14 @@ def _build(
         with torch.device("cpu"):  # where a model is loaded the default is meta, and levels are computed here
             if budget is not None and (strict or "bits" in found.signature.parameters):
                 return budgeted(found, given, budget)
-            return found.build(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"method {name!r} cannot take {given}: {error}") from None
+            built = found.build(**arguments)
+    except HfQuantError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"method {name!r} cannot take {given}: {error}") from error
+    if not isinstance(built, HfQuantizer):
+        raise ConfigError(f"method {name!r} returns {type(built).__name__}, no Recipe; is a `return` missing?")
+    return built
 
 
 def _check_origin(quant_method: str | None, version: int) -> None:

@@ -29,5 +29,9 @@ class RunError(HfQuantError, RuntimeError):
     """A run cannot start or go on: output not writable, locked by another run, or the disk is full."""
 
 
+class PluginError(HfQuantError, RuntimeError):
+    """A stage of a method broke the contract of its protocol; whoever wrote it is to mend it."""
+
+
 class NotSupported(HfQuantError, NotImplementedError):
     """This method does not offer what was asked (for example fine-tuning)."""

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_quant import formats as module
 from hf_quant.errors import CheckpointError, ConfigError, UnsupportedSpec
 from hf_quant.formats import Layer, choose_kernel, format_for, format_named, formats
 from hf_quant.grids import LevelGrid
@@ -61,7 +60,7 @@ def test_formats_of_installed_packages(fresh: None, monkeypatch: pytest.MonkeyPa
 
     mine = Bnb4Bit("mine", NF4)
     entry = SimpleNamespace(load=lambda: (mine,))
-    monkeypatch.setattr(module, "entry_points", lambda group: [entry] if group == "hf_quant.formats" else [])
+    monkeypatch.setattr("hf_quant.installed.entry_points", lambda group: [entry] if group == "hf_quant.formats" else [])
     assert format_named("bnb-mine/1") is mine
     with pytest.raises(ConfigError, match=r"'bnb-nf4/1' exists already"):
         Bnb4Bit("nf4", FP4)

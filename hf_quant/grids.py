@@ -353,7 +353,13 @@ GRIDS: dict[str, type[Any]] = {
 
 
 def grid_to_json(grid: Grid) -> dict[str, Any]:
-    """`{"type": name, **fields}`."""
+    """`{"type": name, **fields}`.
+
+    Raises:
+        ConfigError: a type that nobody could read again.
+    """
+    if type(grid) not in GRIDS.values():
+        raise ConfigError(f"{type(grid).__name__} is no grid that a saved model can name; known: {sorted(GRIDS)}")
     return {"type": type(grid).__name__, **asdict(grid)}  # type: ignore[call-overload]
 
 

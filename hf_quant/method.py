@@ -3,19 +3,23 @@
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hf_quant.errors import ConfigError
+from hf_quant.installed import broken, brought
 from hf_quant.recipe import HfQuantizer
 
 DOMAINS = frozenset({"llm", "vit", "vlm", "moe", "mamba", "diffusion"})
 _METHODS: dict[str, "Method"] = {}
+# What `QuantConfig` takes of every method, for those who look for `dataset`, `ignore` or `modules_to_not_convert`.
+COMMON = ("budget", "calibration", "processor", "skip", "overrides", "allow", "seed", "device", "run_dir")
+TAKEN = {"method", "quant_method", "version", "sites", "made_by", "sealed", *COMMON}  # names of its own parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,10 @@ class Method:
             ConfigError: an unknown argument (with the nearest name), a missing one, or a value of another type.
         """
         known = self.signature.parameters
-        kinds = get_type_hints(self.build)
+        try:
+            kinds = get_type_hints(self.build)
+        except NameError as error:
+            raise ConfigError(f"an annotation of method {self.id!r} cannot be read: {error}") from None
         for name, value in given.items():
             if name not in known:
                 others = f"; of every method: {', '.join(beside)}" if beside else ""
@@ -114,12 +121,21 @@ def method(
         domains: subset of `DOMAINS` it is known to work on.
         claim: one sentence, checked by the claim test beside the method.
     """
-    if not domains <= DOMAINS:
-        raise ConfigError(
-            f"method {method_id!r}: unknown domains {sorted(domains - DOMAINS)}; known: {sorted(DOMAINS)}"
-        )
+    if not isinstance(method_id, str) or not re.fullmatch(r"[a-z0-9]+([-.][a-z0-9]+)*", method_id):
+        raise ConfigError(f"method {method_id!r}: an id is in lower case, its words joined by '-'")
+    if not isinstance(paper, Paper):
+        raise ConfigError(f'method {method_id!r}: paper={paper!r}: a Paper("2210.17323", "Its title")')
+    if not isinstance(domains, set | frozenset) or not domains <= DOMAINS:
+        raise ConfigError(f"method {method_id!r}: domains={domains!r}: a set of {sorted(DOMAINS)}")
 
     def register(build: Callable[..., HfQuantizer]) -> Callable[..., HfQuantizer]:
+        for parameter in inspect.signature(build).parameters.values():
+            if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+                raise ConfigError(f"method {method_id!r}: {parameter} is no parameter with a name of its own")
+            if parameter.name in TAKEN:
+                raise ConfigError(
+                    f"method {method_id!r}: {parameter.name} is a parameter of every QuantConfig; rename it"
+                )
         present = _METHODS.get(method_id)
         if present is not None and present.build.__module__ != build.__module__:
             raise ConfigError(
@@ -141,8 +157,7 @@ def _load() -> None:
             for module in pkgutil.iter_modules(importlib.import_module(family.name).__path__, family.name + "."):
                 if not module.name.endswith(("_test", "_core", "conftest")):
                     importlib.import_module(module.name)
-    for entry in entry_points(group="hf_quant.methods"):
-        entry.load()
+    brought("hf_quant.methods", lambda module: module)
 
 
 def list_methods() -> list[Method]:
@@ -162,5 +177,6 @@ def method_named(method_id: str) -> Method:
         known = sorted(_METHODS)
         raise ConfigError(
             f"unknown method {method_id!r}{did_you_mean(str(method_id), known)}; known: {', '.join(known)}"
+            + broken("hf_quant.methods")
         )
     return _METHODS[method_id]

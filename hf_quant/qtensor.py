@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.grids import FloatGrid, Grid, IntGrid, MiniFloatGrid, TableGrid
+from hf_quant.finite import all_finite
+from hf_quant.grids import CodebookGrid, FloatGrid, Grid, IntGrid, MiniFloatGrid, TableGrid
 from hf_quant.spec import Spec
 
 
@@ -32,6 +33,39 @@ class QTensor:
     nested: Mapping[str, Tensor] | None = None
     codebook: Tensor | None = None
     tensor_scale: Tensor | None = None
+
+    def flaw(self, shape: tuple[int, int], spec: Spec) -> str | None:
+        """None when it keeps the invariants and is such a matrix, quantized so; else what is wrong."""
+        for name, own, wanted in (("shape", tuple(self.shape), tuple(shape)), ("spec", self.spec, spec)):
+            if own != wanted:
+                return f"{name} is {own}, not {wanted}"
+        blocks, grid = spec.blocks(shape), spec.grid
+        learned = isinstance(grid, CodebookGrid)
+        for name, tensor, there, size in (
+            ("codes", self.codes, True, (shape[0], -(-shape[1] // grid.vector))),
+            ("scale", self.scale, True, blocks),
+            ("zero", self.zero, spec.zero != "none", blocks),
+            ("codebook", self.codebook, learned, (*blocks, 2**grid.bits) if learned else ()),
+        ):
+            if (tensor is not None) != there:
+                return f"{name} is {'missing' if there else 'there'}, and the spec says otherwise"
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != size:
+                return f"{name} is {list(tensor.shape)}, not {list(size)}"
+            if tensor.is_floating_point() and not all_finite(tensor):
+                return f"{name} holds NaN or infinite values"
+        if isinstance(grid, FloatGrid):
+            return None
+        codes = 1 << round(grid.bits * grid.vector) if not isinstance(grid, TableGrid) else len(grid.table())
+        low, high = (int(end) for end in self.codes.aminmax()) if self.codes.numel() else (0, 0)
+        if self.codes.is_floating_point() or low < 0 or high >= codes:
+            return f"codes are not integers from 0 to {codes - 1}"
+        if spec.zero == "int" and self.zero is not None and not _on_grid(self.zero, grid):
+            return "an integer zero point does not lie on the grid"
+        if self.nested is None and not torch.equal(spec.scale.decode(spec.scale.encode(self.scale)), self.scale):
+            return f"scale does not lie on the grid it is stored on, {spec.scale}"
+        return None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`W_NK = (decode(codes) - zero) * scale [* tensor_scale]`, rotated back, in float32, then cast.
@@ -68,6 +102,10 @@ class QTensor:
         assert scale is not None  # noqa: S101  only what is None stays None
         shape = codes.shape[0], self.shape[1]
         return replace(self, codes=codes, scale=scale, zero=own(self.zero), codebook=own(self.codebook), shape=shape)
+
+
+def _on_grid(zero: Tensor, grid: Grid) -> bool:
+    return isinstance(grid, IntGrid) and bool(((zero == zero.round()) & (zero >= grid.low) & (zero <= grid.high)).all())
 
 
 def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:

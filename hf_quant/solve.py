@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_quant.errors import UnsupportedModel, UnsupportedSpec
+from hf_quant.errors import PluginError, UnsupportedModel, UnsupportedSpec
 from hf_quant.formats import Layer
 from hf_quant.hadamard import Hadamard
 from hf_quant.plan import SitePlan
@@ -44,6 +44,7 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
 
     Raises:
         UnsupportedModel: the weight holds NaN or infinite values.
+        PluginError: what the solver returns is not this weight, quantized as the spec says.
         UnsupportedSpec: the recipe's choice of grids is not what the planned format holds.
     """
     started = time.perf_counter()
@@ -63,7 +64,13 @@ def solve(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None
         if reason := plan.format.holds(Layer(plan.site.shape, spec, inputs)):
             raise UnsupportedSpec(f"{plan.site.name}: {type(recipe.grids).__name__} chose what is not stored: {reason}")
     inner, inner_spec, outer = without_outer(rest, spec)
+    version = inner._version
     q = recipe.solver.solve(inner, inner_spec, recipe.range, rotated(quadratic, spec.rotation))
+    flaw = q.flaw(plan.site.shape, inner_spec) if isinstance(q, QTensor) else f"it is {type(q).__name__}, no QTensor"
+    if inner._version != version:
+        flaw = "it wrote into the weight it was given"
+    if flaw:
+        raise PluginError(f"{type(recipe.solver).__name__}, of {plan.site.name}: {flaw}")
     q = with_outer(q, spec, outer)
     for repair in recipe.repairs:
         branches += repair.repair(rest.float(), q, stats or {})

@@ -5,11 +5,13 @@ those of the full-precision model, and no transform is applied.
 """
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
 from hf_quant.capture import collect, run_model
+from hf_quant.errors import PluginError
 from hf_quant.groups import find_groups
 from hf_quant.learning.fisher import fisher_states, of_inputs
 from hf_quant.plan import Plan, SitePlan
@@ -45,16 +47,42 @@ def allocate(
         if losses is None:
             rounded = _rounding(model, plan, here, batches)
             losses = allocator.sensitivity.losses(model, slots, rounded, batches, job.seed)
+            _check_losses(allocator, slots, losses)
             run_dir.save_losses(block, losses)
         table += zip(slots, losses, strict=True)
     bits = [[sum(_option(plan, n, c).bits for n in slot.sites) for c in slot.choices] for slot, _ in table]
     picks = allocator.search.pick(bits, [losses for _, losses in table], plan.room)
+    _check_picks(allocator, bits, picks, plan.room)
     chosen = {
         name: _option(plan, name, slot.choices[pick])
         for (slot, _), pick in zip(table, picks, strict=True)
         for name in slot.sites
     }
     return plan.choose(chosen)
+
+
+def _check_losses(allocator: Allocator, slots: Sequence[Slot], losses: Sequence[Sequence[float]]) -> None:
+    """Raises `PluginError` where the sensitivity did not give a number for every choice of every slot."""
+    if [len(row) for row in losses] != [len(slot.choices) for slot in slots]:
+        raise PluginError(
+            f"{type(allocator.sensitivity).__name__}: a loss for every choice of every slot, got {losses}"
+        )
+    for slot, row in zip(slots, losses, strict=True):
+        if not all(isfinite(loss) for loss in row):
+            raise PluginError(
+                f"{type(allocator.sensitivity).__name__}: the losses of {', '.join(slot.sites)} are {list(row)}; look "
+                "for NaN or infinite activations on the calibration data"
+            )
+
+
+def _check_picks(allocator: Allocator, bits: Sequence[Sequence[int]], picks: Sequence[int], room: int) -> None:
+    """Raises `PluginError` where the search did not pick one choice a slot, within the budget."""
+    wrong = len(picks) != len(bits) or any(p not in range(len(b)) for p, b in zip(picks, bits, strict=True))
+    if wrong or (spent := sum(b[p] for p, b in zip(picks, bits, strict=True))) > room:
+        told = f"{list(picks)} are no choices" if wrong else f"they take {spent} bits, and there is room for {room}"
+        raise PluginError(
+            f"{type(allocator.search).__name__}: it is to pick a choice for each of {len(bits)} slots: {told}"
+        )
 
 
 def _groups(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> list[SiteGroup]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import hf_quant
 import hf_quant.allocation.allocate
 from hf_quant import QuantConfig
-from hf_quant.errors import CalibrationError, UnsupportedSpec
+from hf_quant.errors import CalibrationError, PluginError, UnsupportedSpec
 from hf_quant.ledger import count_bits
 from hf_quant.recipe import Recipe
 from hf_quant.report import Report
@@ -267,3 +267,47 @@ def test_layers_no_token_reaches_are_told_before_anything_is_measured(monkeypatc
 def test_a_budget_needs_data() -> None:
     with pytest.raises(CalibrationError):
         hf_quant.quantize(llama(), QuantConfig("rtn", budget="4 bits"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        (lambda slots: [(1.0,) * len(s.choices) for s in slots][1:], "every choice of every slot"),
+        (lambda slots: [(1.0,) * len(s.choices[1:]) for s in slots], "every choice of every slot"),
+        (lambda slots: [(float("nan"),) * len(s.choices) for s in slots], r"q_proj.* are \[nan"),
+    ],
+)
+def test_losses_that_are_no_table_are_refused(losses: Any, told: str) -> None:
+    @dataclass(frozen=True)
+    class Theirs:
+        def losses(self, model: nn.Module, slots: Sequence[Slot], *_: object) -> list[tuple[float, ...]]:
+            return losses(slots)
+
+    with pytest.raises(PluginError, match=f"Theirs: .*{told}"):
+        allocated(sensitivity=Theirs())
+
+
+@pytest.mark.parametrize(
+    ("pick", "told"),
+    [
+        (lambda bits: [len(b) - 1 for b in bits], "bits, and there is room for"),  # above the budget
+        (lambda bits: [-1 for _ in bits], "are no choices"),
+        (lambda bits: [0], "are no choices"),
+    ],
+)
+def test_picks_that_break_the_budget_are_refused(pick: Any, told: str) -> None:
+    @dataclass(frozen=True)
+    class Theirs:
+        def pick(self, bits: Sequence[Sequence[int]], losses: object, budget: int) -> list[int]:
+            return pick(bits)
+
+    with pytest.raises(PluginError, match=f"Theirs: .*{told}"):
+        allocated(search=Theirs())
+
+
+def allocated(**changed: Any) -> None:
+    recipe = QuantConfig("rtn", group_size=16, budget="4 bits").quantizer()
+    assert isinstance(recipe, Recipe)
+    assert recipe.allocator is not None
+    job = QuantConfig("rtn").job(data=IDS, progress=False)
+    replace(recipe, allocator=replace(recipe.allocator, **changed)).quantize(llama(1), job)

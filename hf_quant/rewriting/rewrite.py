@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_quant.errors import UnsupportedModel
+from hf_quant.errors import PluginError, UnsupportedModel
 from hf_quant.runtime.rotating import scale_input, shift_input
 from hf_quant.sites import Site, SiteGroup
 from hf_quant.stages.transform import Diagonal, Online
@@ -37,6 +37,8 @@ def fold(model: nn.Module, group: SiteGroup, rewrite: Diagonal | Online) -> None
         for site in group.sites:
             shift_input(model.get_submodule(site.name), rewrite.shift_K)
         return
+    if not isinstance(rewrite, Diagonal):
+        raise PluginError(f"{type(rewrite).__name__}, of the input of {group.sites[0].name}, is no rewrite")
     if not bool(torch.isfinite(rewrite.s_K).all() and (rewrite.s_K > 0).all()):
         raise UnsupportedModel(f"scales for the input of {group.sites[0].name} are not finite and positive")
     if group.producer is None:
@@ -82,7 +84,7 @@ def _of_reader(values_C: Tensor, group: SiteGroup) -> Tensor:
 
 def _shift(group: SiteGroup, producer: nn.Module, readers: Sequence[nn.Module], z_C: Tensor) -> None:
     """The producer's bias less z, and `W z` into the readers' biases: `s` is still to be applied to both."""
-    if not isinstance(producer.bias, Tensor) or any(not isinstance(r.bias, Tensor) for r in readers):
+    if any(not isinstance(getattr(module, "bias", None), Tensor) for module in (producer, *readers)):
         raise UnsupportedModel(f"{group.producer} or a layer that reads it has no bias to take a shift")
     _set(producer.bias, producer.bias.double() - z_C)
     for reader in readers:
