@@ -113,8 +113,8 @@ class _Forward:
                 f"block {name} runs more than once in a forward, which block-wise capture cannot follow; "
                 "use a method that needs no calibration data, such as rtn"
             )
-        keyword = None if args else HIDDEN if HIDDEN in kwargs else next(iter(kwargs), None)
-        hidden = args[0] if args else kwargs.get(keyword)
+        keyword = None if args else HIDDEN if HIDDEN in kwargs else next(iter(kwargs), HIDDEN)
+        hidden = args[0] if keyword is None else kwargs.get(keyword)
         if not isinstance(hidden, Tensor):
             raise UnsupportedModel(
                 f"block {name} is called with {type(hidden).__name__} in the place of hidden states, which block-wise "
@@ -211,14 +211,14 @@ def run_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:  # n
 @contextmanager
 def _no_cache_inside(model: nn.Module) -> Iterator[None]:
     """The part that writes text has a config of its own, and a call that is repeated would read its first keys."""
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
-    before = [(config, config.use_cache) for config in configs.values()]
+    configs: list[Any] = [m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", False)]
+    before = [config.use_cache for config in configs]
     try:
-        for config, _ in before:
+        for config in configs:
             config.use_cache = False
         yield
     finally:
-        for config, use_cache in before:
+        for config, use_cache in zip(configs, before, strict=True):
             config.use_cache = use_cache
 
 

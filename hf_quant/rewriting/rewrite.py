@@ -84,9 +84,10 @@ def _of_reader(values_C: Tensor, group: SiteGroup) -> Tensor:
 
 def _shift(group: SiteGroup, producer: nn.Module, readers: Sequence[nn.Module], z_C: Tensor) -> None:
     """The producer's bias less z, and `W z` into the readers' biases: `s` is still to be applied to both."""
-    if any(not isinstance(getattr(module, "bias", None), Tensor) for module in (producer, *readers)):
+    bias = getattr(producer, "bias", None)
+    if not isinstance(bias, Tensor) or any(not isinstance(r.bias, Tensor) for r in readers):
         raise UnsupportedModel(f"{group.producer} or a layer that reads it has no bias to take a shift")
-    _set(producer.bias, producer.bias.double() - z_C)
+    _set(bias, bias.double() - z_C)
     for reader in readers:
         add_bias(reader, weight_of(reader).double() @ _of_reader(z_C, group))
 
