@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry
 from hf_quant.sites import covering, linear_shape
 from hf_quant.stages.transform import WholeTransform
+
+if TYPE_CHECKING:
+    from hf_quant.plan import SitePlan
 
 SMALL = 1024  # parameters up to this many elements are not worth a line in the coverage
 
@@ -28,6 +32,19 @@ def unreached(globs: Sequence[str]) -> str:
         f"tower: batches with images), keep these layers in full precision with skip=[{named}], or, unless their "
         f"inputs have a static range, round them to nearest with allow=[{named}]"
     )
+
+
+def missed_by(plan: "SitePlan", reached: Collection[str]) -> bool:
+    """Whether calibration does not reach what a site needs of it; for transforms alone its block is enough."""
+    if plan.recipe.needs or plan.recipe.tuner:
+        return plan.site.name not in reached
+    return bool(plan.recipe.transform_needs and plan.site.block) and plan.site.block not in reached
+
+
+def excused(plan: "SitePlan", job: Job) -> bool:
+    """Whether the user allows nearest rounding; a static range of inputs nobody saw cannot be allowed."""
+    static = plan.recipe.inputs is not None and plan.recipe.inputs.stored
+    return matches(plan.site.name, job.allow) and not static
 
 
 def ties(model: nn.Module) -> dict[str, str]:

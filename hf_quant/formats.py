@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_quant.errors import CheckpointError, ConfigError, UnsupportedSpec
 from hf_quant.finite import all_finite
 from hf_quant.hadamard import Hadamard
-from hf_quant.installed import broken, brought
+from hf_quant.installed import broken, brought, tuples_of
 from hf_quant.product_gradient import gradient_operator
 from hf_quant.products import product
 from hf_quant.qtensor import QTensor
@@ -337,14 +337,8 @@ def formats() -> dict[str, PackedFormat]:
     folders = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg and not m.name.startswith("_"))
     named = [f"hf_quant.kernels.{name}.format" for name in folders]  # a folder without it holds an operator
     tuples = [importlib.import_module(name).FORMATS for name in named if find_spec(name) is not None]
-    tuples += brought("hf_quant.formats", _formats_in)
+    tuples += brought("hf_quant.formats", tuples_of(PackedFormat))
     return {fmt.id: fmt for fmt in chain.from_iterable(tuples)}
-
-
-def _formats_in(value: Any) -> tuple[PackedFormat, ...]:  # noqa: ANN401  what an entry point names
-    if not isinstance(value, tuple | list) or not all(isinstance(fmt, PackedFormat) for fmt in value):
-        raise TypeError(f"a tuple of formats, not {type(value).__name__}")
-    return tuple(value)
 
 
 def format_named(format_id: str) -> PackedFormat:
@@ -358,8 +352,8 @@ def format_named(format_id: str) -> PackedFormat:
     except KeyError:
         known = ", ".join(sorted(formats()))
         raise CheckpointError(
-            f"format {format_id!r} is not known here (known: {known}); a newer hf-quant may be needed, or the package "
-            "that brings it" + broken("hf_quant.formats")
+            f"format {format_id!r} is not known here (known: {known}); a newer hf-quant may be needed, or the package that "
+            f"brings it{broken('hf_quant.formats')}"
         ) from None
 
 

@@ -26,6 +26,17 @@ def brought(group: str, read: Callable[[Any], T]) -> list[T]:
     return values
 
 
+def tuples_of(kind: type[T]) -> Callable[[Any], tuple[T, ...]]:
+    """Reads a tuple of such values."""
+
+    def read(value: Any) -> tuple[T, ...]:  # noqa: ANN401  what an entry point names
+        if not isinstance(value, tuple | list) or not all(isinstance(item, kind) for item in value):
+            raise TypeError(f"a tuple of {kind.__name__} is wanted, not {type(value).__name__}")
+        return tuple(value)
+
+    return read
+
+
 def broken(group: str) -> str:
     """`; not loaded: ...` about the entry points of a group that could not be, or nothing."""
     told = [what for (of, _), what in sorted(_broken.items()) if of == group]

@@ -38,7 +38,7 @@ def test_a_broken_package_is_one_warning_and_named_where_it_is_missed(
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 3
     assert "broken_methods of the package theirs (ModuleNotFoundError: No module named 'no_such_package')" in told[0]
-    assert "a tuple of formats, not ABCMeta" in told[2]
+    assert "a tuple of PackedFormat is wanted, not ABCMeta" in told[2]
     with pytest.raises(ConfigError, match="not loaded: broken_methods of the package theirs"):
         method_named("their-method")
     with pytest.raises(CheckpointError, match="the package that brings it; not loaded: broken_methods of the package"):

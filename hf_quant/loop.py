@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.capture import Recording, collect, record, run_model
-from hf_quant.coverage import matches, unreached
+from hf_quant.coverage import excused, matches, missed_by, unreached
 from hf_quant.diffusion.features import Features, features_of, store_features
 from hf_quant.diffusion.timesteps import Timed
 from hf_quant.errors import CalibrationError
@@ -114,20 +114,10 @@ class Loop:
     def _refuse_unreached(self, recording: Recording) -> None:
         reached = union(recording.reached | {name for chain in recording.chains for name in chain})
 
-        def missed_by(plan: SitePlan) -> bool:
-            if plan.recipe.needs or plan.recipe.tuner:
-                return plan.site.name not in reached
-            return bool(plan.recipe.transform_needs and plan.site.block) and plan.site.block not in reached
-
-        planned = {p.site.name: p for p in self.plan.sites.values()}
-        missed = [n for n, p in planned.items() if missed_by(p) and not self._excused(p)]
+        sites = self.plan.sites
+        missed = [n for n, p in sites.items() if missed_by(p, reached) and not excused(p, self.job)]
         if missed:
-            raise CalibrationError(unreached(covering(missed, planned)))
-
-    def _excused(self, plan: SitePlan) -> bool:
-        """Whether the user allows nearest rounding; a static range of inputs nobody saw cannot be allowed."""
-        static = plan.recipe.inputs is not None and plan.recipe.inputs.stored
-        return matches(plan.site.name, self.job.allow) and not static
+            raise CalibrationError(unreached(covering(missed, sites)))
 
     def _block(
         self,
@@ -224,7 +214,7 @@ class Loop:
     def _site(self, plan: SitePlan, stats: dict[Stat, State] | None, split: Split | None = None) -> Entry:
         site, stats = plan.site, self._with_gradients([plan], stats)
         missed = stats is None and bool(plan.recipe.needs)
-        if missed and not self._excused(plan):
+        if missed and not excused(plan, self.job):
             raise CalibrationError(unreached([site.name]))
         module = self.model.get_submodule(site.name)
         solved: Solved = solve(plan, float_weight(module, site), stats, split)
