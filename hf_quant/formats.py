@@ -337,8 +337,7 @@ def formats() -> dict[str, PackedFormat]:
     folders = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg and not m.name.startswith("_"))
     named = [f"hf_quant.kernels.{name}.format" for name in folders]  # a folder without it holds an operator
     tuples = [importlib.import_module(name).FORMATS for name in named if find_spec(name) is not None]
-    tuples += brought("hf_quant.formats", tuples_of(PackedFormat))
-    return {fmt.id: fmt for fmt in chain.from_iterable(tuples)}
+    return {fmt.id: fmt for fmt in chain(*tuples, *brought("hf_quant.formats", tuples_of(PackedFormat)))}
 
 
 def format_named(format_id: str) -> PackedFormat:
@@ -352,8 +351,8 @@ def format_named(format_id: str) -> PackedFormat:
     except KeyError:
         known = ", ".join(sorted(formats()))
         raise CheckpointError(
-            f"format {format_id!r} is not known here (known: {known}); a newer hf-quant may be needed, or the package that "
-            f"brings it{broken('hf_quant.formats')}"
+            f"format {format_id!r} is not known here (known: {known}); a newer hf-quant may be needed, or the package "
+            f"that brings it{broken('hf_quant.formats')}"
         ) from None
 
 

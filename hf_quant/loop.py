@@ -113,7 +113,6 @@ class Loop:
 
     def _refuse_unreached(self, recording: Recording) -> None:
         reached = union(recording.reached | {name for chain in recording.chains for name in chain})
-
         sites = self.plan.sites
         missed = [n for n, p in sites.items() if missed_by(p, reached) and not excused(p, self.job)]
         if missed:
