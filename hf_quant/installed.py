@@ -26,10 +26,10 @@ def brought(group: str, read: Callable[[Any], T]) -> list[T]:
     return values
 
 
-def tuples_of(kind: type[T]) -> Callable[[Any], tuple[T, ...]]:
+def tuples_of(kind: type) -> Callable[[Any], tuple[Any, ...]]:
     """Reads a tuple of such values."""
 
-    def read(value: Any) -> tuple[T, ...]:  # noqa: ANN401  what an entry point names
+    def read(value: Any) -> tuple[Any, ...]:  # noqa: ANN401  what an entry point names
         if not isinstance(value, tuple | list) or not all(isinstance(item, kind) for item in value):
             raise TypeError(f"a tuple of {kind.__name__} is wanted, not {type(value).__name__}")
         return tuple(value)
