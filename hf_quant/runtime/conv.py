@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from hf_quant.operators import need_operator
 from hf_quant.runtime.linear import QuantLinear
 from hf_quant.runtime.stand_in import Part, StandIn
 
@@ -61,7 +62,13 @@ class UnfoldedConv(StandIn):
         matrix.weight = nn.Parameter(weight.detach().flatten(1), requires_grad=weight.requires_grad)
         matrix.register_parameter("bias", bias)
         self.matrix = matrix.train(module.training)
+        need_operator("unfold")
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also where it is unpickled."""
+        need_operator("unfold")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property
     def weight(self) -> Tensor:
@@ -85,14 +92,10 @@ class UnfoldedConv(StandIn):
 
     def unfold(self, x: Tensor) -> Tensor:
         """`[B, I, ...]` -> `[B, positions..., I k...]`, the rows that the matrix multiplies."""
-        n = len(self.kernel_size)
         if pads := self._pads():
             x = F.pad(x, pads)
-        for axis, (size, stride, dilation) in enumerate(
-            zip(self.kernel_size, self.stride, self.dilation, strict=True), start=2
-        ):
-            x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        return x.permute(0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n)).flatten(1 + n)
+        rows: Tensor = torch.ops.hf_quant.unfold(x, self.kernel_size, self.stride, self.dilation)
+        return rows
 
     def _pads(self) -> list[int]:
         """As `F.pad` takes them: the last axis first."""

@@ -1,18 +1,20 @@
 """What every format's kernel on the C++ product shares."""
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.formats import Layer, Tensors
+from hf_quant.formats import ALONE, Around, Layer, Tensors
 from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels._cpu import layout, native
 from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.kernels._cpu.memory import room
-from hf_quant.runtime.activation import fake_quantize, quantize_input, timed
+from hf_quant.runtime.activation import fake_quantize
 from hf_quant.spec import Spec
 
 SLICE = 1 << 19  # weights unpacked at once
@@ -110,16 +112,21 @@ class NativeKernel(ABC):
 
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         """See `Kernel.run`."""
+        return self.fused(x_TK, tensors, blob, layer, ALONE)
+
+    def fuses(self, layer: Layer) -> frozenset[str]:
+        """See `Fusing.fuses`: where tokens become integers, each with the range of its timestep."""
+        return frozenset({"entry_T"}) if integer_tokens(layer.inputs) else frozenset()
+
+    def fused(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, around: Around) -> Tensor:
+        """See `Fusing.fused`."""
         kind, group, middle, grid = _facts(self, layer.key)
-        x: Tensor | native.Tokens
-        if grid is not None:
-            x = x_TK.contiguous()
-        elif kind in ("integers4", "integers8"):
-            assert layer.inputs is not None  # noqa: S101  `integer_tokens`
-            x = as_integers(x_TK, layer.inputs, tensors)
-        else:
-            x = fake_quantize(x_TK, layer.inputs, tensors).contiguous()
-        return native.multiply(x, blob, layer.shape[0], kind, group, middle, x_TK.dtype, grid)
+        ranges = None
+        if grid is None:
+            x_TK = rounded(x_TK, layer.inputs, tensors)
+        elif "input_scale" in tensors:
+            ranges = static_ranges(tensors, around.entry_T, len(x_TK))
+        return native.multiply(x_TK.contiguous(), blob, layer.shape[0], kind, group, middle, x_TK.dtype, grid, ranges)
 
     def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
         """See `Describing.describe`."""
@@ -160,13 +167,13 @@ def _facts(kernel: NativeKernel, key: str) -> tuple[Kind, int, int, native.Grid 
     layer = Layer.from_key(key)
     group, kind = layer.weights.block_size(layer.shape)[1], kernel.kind(layer)
     inputs = layer.inputs if kind.startswith("integers") else None
-    grid = None if inputs is None or inputs.range != "dynamic" else token_grid(inputs)
+    grid = None if inputs is None else token_grid(inputs)
     return kind, group if group < layer.shape[1] else 1 << 40, kernel.middle(layer), grid
 
 
 def integer_tokens(inputs: Spec | None) -> bool:
     """Whether the product is one of integers: tokens of at most 8 bits with one scale each."""
-    if inputs is None or timed(inputs) or not isinstance(inputs.grid, IntGrid) or inputs.grid.bits > 8:
+    if inputs is None or not isinstance(inputs.grid, IntGrid) or inputs.grid.bits > 8:
         return False
     if inputs.scale != FloatGrid("float32") or inputs.block[1] != -1 or inputs.power != 1 or inputs.zero == "float":
         return False
@@ -174,19 +181,33 @@ def integer_tokens(inputs: Spec | None) -> bool:
 
 
 def token_grid(spec: Spec) -> native.Grid:
-    """Where the product puts tokens itself, each with its own range."""
+    """Where the product puts tokens itself."""
     assert isinstance(spec.grid, IntGrid)  # noqa: S101  `integer_tokens`
     return native.Grid(spec.grid.low, spec.grid.high, spec.zero == "int")
 
 
-def as_integers(x_TK: Tensor, spec: Spec, tensors: Tensors) -> native.Tokens:
-    """Tokens on the grid of `spec` by their static range; see `quantize_input`."""
-    low, high, _ = token_grid(spec)
-    q = quantize_input(x_TK, spec, tensors)
-    less = 128 if high > 127 else 0
-    values = (q.codes + (low - less)).view(torch.int8).contiguous()
-    zero = None if q.zero is None else (q.zero.reshape(-1) - less).expand(len(x_TK)).contiguous()
-    return native.Tokens(values, q.scale.reshape(-1).float().expand(len(x_TK)).contiguous(), zero)
+def rounded(x_TK: Tensor, spec: Spec | None, tensors: Tensors) -> Tensor:
+    """`fake_quantize`, in one pass where tokens become integers with several scales each."""
+    if spec is None or spec.range != "dynamic" or not integer_tokens(replace(spec, block=(1, -1))):
+        return fake_quantize(x_TK, spec, tensors)
+    (T, K), width = x_TK.shape, spec.block[1]
+    blocks = F.pad(x_TK, (0, -K % width)).view(-1, width)  # 0 is in every range
+    codes, scale, zero = native.quantize(blocks, token_grid(spec))
+    values = codes.float() if zero is None else codes.float().sub_(zero[:, None])
+    return values.mul_(scale[:, None]).to(x_TK.dtype).view(T, -1)[:, :K]
+
+
+def static_ranges(tensors: Tensors, entry_T: Tensor | None, tokens: int) -> native.Ranges:
+    """The static range of every token: the one there is, or that of its row of the table."""
+
+    def of(name: str) -> Tensor | None:
+        if (table := tensors.get(name)) is None:
+            return None
+        return (table.expand(tokens) if entry_T is None else table[entry_T]).float().contiguous()
+
+    scale = of("input_scale")
+    assert scale is not None  # noqa: S101  asked where there is one
+    return scale, of("input_zero_point")
 
 
 def by_strip(blocks: Tensor, N: int) -> Tensor:

@@ -8,7 +8,6 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from hf_quant.kernels._cpu.layout import KINDS, Kind, block
 
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-w")
-PARTS = ("avx512", "avx512_operands", "avx2", "avx2_operands", "operands", "tokens", "vectors")
+PARTS = ("avx512", "avx512_operands", "avx2", "avx2_operands", "operands", "tokens", "unfold", "vectors")
 SOURCES = ("product.cpp", *(f"{name}.h" for name in PARTS))
 CPU = torch.device("cpu")
 WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma")
@@ -32,21 +31,15 @@ PRODUCT = struct.Struct(
 )  # `Product` of vectors.h. One call packs it: between two layers Python is out of the cache
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tokens:
-    """Tokens as integers: `x = (values - zero) scale`; int8 `[M, K]`, float32 `[M]`, float32 `[M]` or None."""
-
-    values: Tensor
-    scale: Tensor
-    zero: Tensor | None = None
-
-
 class Grid(NamedTuple):
-    """What tokens become integers on, each with its own scale (and zero point), as `runtime.activation` has it."""
+    """What tokens become integers on, with scales (and zero points) for each, as `runtime.activation` has it."""
 
     low: int
     high: int
     asymmetric: bool
+
+
+Ranges = tuple[Tensor, Tensor | None]  # of tokens: scales and zero points, float32 `[M]`
 
 
 def wide() -> bool:
@@ -90,8 +83,10 @@ def library() -> ctypes.CDLL:
         _compile((compiler, *flags), sources, made)
     found = ctypes.CDLL(str(made))
     found.hf_quant_product.argtypes = [ctypes.c_char_p]
-    found.hf_quant_tokens.argtypes = _types("plllllpppl")
-    found.hf_quant_product.restype = found.hf_quant_tokens.restype = None
+    found.hf_quant_tokens.argtypes = _types("plllllpppppl")
+    found.hf_quant_unfold.argtypes = _types("pllplpllpl")
+    for function in (found.hf_quant_product, found.hf_quant_tokens, found.hf_quant_unfold):
+        function.restype = None
     return found
 
 
@@ -111,7 +106,7 @@ def _compile(compiler: tuple[str, ...], sources: dict[str, bytes], made: Path) -
 
 
 def multiply(
-    x: Tensor | Tokens,
+    x: Tensor,
     blob: list[Tensor],
     N: int,
     kind: Kind,
@@ -119,11 +114,12 @@ def multiply(
     middle: int,
     dtype: torch.dtype,
     grid: Grid | None = None,
+    ranges: Ranges | None = None,
 ) -> Tensor:
     """`y = x W^T`, `[M, N]` in `dtype` (bfloat16 or float32).
 
     Args:
-        x: bfloat16 (float32 too unless `wide`) `[M, K]`, integers, or with a grid bfloat16 or float32; contiguous.
+        x: bfloat16 (float32 too unless `wide`) `[M, K]`, or with a grid bfloat16 or float32; contiguous.
         blob: words of `layout.pack`; scales and shifts `[N / 16, G, 16]` (bfloat16 or float32); what `table` gives;
             sums of the dequantized rows float32 `[N]` (up to whole 16), for tokens with zero points; a scale of all
             weights float32 `[1]`. All but the words may be empty.
@@ -133,23 +129,23 @@ def multiply(
         middle: for integers, the code that a shift of 0 takes for zero.
         dtype: of the result.
         grid: where tokens become integers first.
+        ranges: theirs, contiguous; without them each token has its own.
     """
     words, scale, shift, table, rows, tensor = blob
-    values = x.values if isinstance(x, Tokens) else x
-    M, K = values.shape
+    M, K = x.shape
     y_MN = torch.empty(M, N, dtype=dtype, device=CPU)
-    sx, zx = (x.scale.data_ptr(), x.zero) if isinstance(x, Tokens) else (0, None)
+    sx, zx = (None, None) if ranges is None else ranges
     width = words.shape[1] * block(kind)[1]
     group = min(group, width)
     product = PRODUCT.pack(
-        values.data_ptr(),
+        x.data_ptr(),
         words.data_ptr(),
         table.data_ptr(),
         scale.data_ptr(),
         shift.data_ptr(),
         rows.data_ptr(),
         tensor.data_ptr(),
-        sx,
+        0 if sx is None else sx.data_ptr(),
         0 if zx is None else zx.data_ptr(),
         y_MN.data_ptr(),
         M,
@@ -160,7 +156,7 @@ def multiply(
         -(-width // group),
         KINDS.index(kind),
         middle,
-        values.dtype == torch.bfloat16,
+        x.dtype == torch.bfloat16,
         scale.dtype == torch.bfloat16,
         shift.dtype == torch.bfloat16,
         dtype == torch.bfloat16,
@@ -180,7 +176,7 @@ def table(values: Tensor, kind: Kind) -> Tensor:
     return torch.cat([t.view(torch.uint8) for t in (high, values.float(), low)])
 
 
-def quantize(x_MK: Tensor, grid: Grid) -> Tokens:
+def quantize(x_MK: Tensor, grid: Grid, ranges: Ranges | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What the product does first where it is given a grid: the codes of `runtime.activation.quantize_input`.
 
     Codes of unsigned 8-bit grids and their zero points are less 128. A token with NaN has a scale that is NaN.
@@ -188,10 +184,15 @@ def quantize(x_MK: Tensor, grid: Grid) -> Tokens:
     Args:
         x_MK: bfloat16 or float32, contiguous.
         grid: of all tokens.
+        ranges: see `multiply`.
+
+    Returns:
+        codes int8 `[M, K]`, scales float32 `[M]`, zero points float32 `[M]` or None.
     """
     M, K = x_MK.shape
-    values, scale = torch.empty(M, K, dtype=torch.int8), torch.empty(M)
+    codes, scale = torch.empty(M, K, dtype=torch.int8), torch.empty(M)
     zero = torch.empty(M) if grid.asymmetric else None
+    sx, zx = (None, None) if ranges is None else ranges
     library().hf_quant_tokens(
         x_MK.data_ptr(),
         x_MK.dtype == torch.bfloat16,
@@ -199,9 +200,36 @@ def quantize(x_MK: Tensor, grid: Grid) -> Tokens:
         K,
         grid.low,
         grid.high,
-        values.data_ptr(),
+        None if sx is None else sx.data_ptr(),
+        None if zx is None else zx.data_ptr(),
+        codes.data_ptr(),
         scale.data_ptr(),
         None if zero is None else zero.data_ptr(),
         torch.get_num_threads(),
     )
-    return Tokens(values, scale, zero)
+    return codes, scale, zero
+
+
+def unfold(x: Tensor, windows: Tensor, runs: Tensor, run: int) -> Tensor:
+    """Rows of `run` values from each of `runs`, counted from each of `windows`: `[B, ...] -> [B, P, R run]`.
+
+    Args:
+        x: contiguous.
+        windows: int64 `[P]`, in bytes from the beginning of a sample.
+        runs: int64 `[R]`, in bytes.
+        run: values.
+    """
+    rows, bytes_ = x.new_empty(len(x), len(windows), len(runs) * run), run * x.element_size()
+    library().hf_quant_unfold(
+        x.data_ptr(),
+        len(x),
+        x.stride(0) * x.element_size(),
+        windows.data_ptr(),
+        len(windows),
+        runs.data_ptr(),
+        len(runs),
+        bytes_,
+        rows.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return rows

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "tokens.h"
+#include "unfold.h"
 
 namespace {
 
@@ -252,7 +253,8 @@ extern "C" void hf_quant_product(const Product* whole) {
     if (p.high > p.low) {
         codes = buffer<int8_t>(p.M * p.inputs), ranges = buffer<float>(2 * p.M);
         float* zero = p.asymmetric ? ranges.get() + p.M : nullptr;
-        hf_quant_tokens(p.x, p.narrow_x, p.M, p.inputs, p.low, p.high, codes.get(), ranges.get(), zero, p.threads);
+        hf_quant_tokens(p.x, p.narrow_x, p.M, p.inputs, p.low, p.high, p.sx, p.zx, codes.get(), ranges.get(), zero,
+                        p.threads);
         p.x = codes.get(), p.sx = ranges.get(), p.zx = zero;
     }
     for (int64_t m = 0; m < whole->M; m += MOST) {

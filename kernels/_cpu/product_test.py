@@ -2,6 +2,7 @@
 
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from hf_quant.kernels._cpu import layout, native
-from hf_quant.kernels._cpu.kernel import by_strip, integer_tokens, token_grid
+from hf_quant.kernels._cpu.kernel import by_strip, integer_tokens, rounded, static_ranges, token_grid
 from hf_quant.kernels._cpu.layout import Kind
-from hf_quant.runtime.activation import quantize_input
-from hf_quant.spec import act_spec
+from hf_quant.qtensor import QTensor
+from hf_quant.runtime.activation import fake_quantize, quantize_input
+from hf_quant.spec import Spec, act_spec
 
 needs_it = pytest.mark.skipif(native.why_not() is not None, reason=f"no native product: {native.why_not()}")
 
@@ -91,41 +93,76 @@ def test_products(kind: Kind, shifted: bool) -> None:
             tensor if kind == "scaled4" else torch.empty(0),
         ]
         for M in (0, 1, 2, 3, 7, 9, 41, *((530,) if K == 100 else ())):
-            x_MK: Tensor | native.Tokens
+            ranges: tuple[native.Grid, native.Ranges] | tuple[()] = ()
             if integers:
                 ints = torch.randint(-128, 128, (M, K), dtype=torch.int8, generator=torch.Generator().manual_seed(M))
                 step = drawn(M).abs() + 0.1
-                x_MK = native.Tokens(ints, step, None if zero is None else zero[:M].contiguous())
                 exact = (ints.double() - (0 if zero is None else zero[:M, None].double())) * step[:, None].double()
+                x_MK = exact.float()
+                ranges = native.Grid(-128, 127, shifted), (step, None if zero is None else zero[:M].contiguous())
             else:
                 x_MK = drawn(M, K).bfloat16()
                 exact = x_MK.double()
-            y_MN = native.multiply(x_MK, blob, N, kind, group, middle, torch.float32)
+            y_MN = native.multiply(x_MK, blob, N, kind, group, middle, torch.float32, *ranges)
             size = exact.abs() @ W_NK.abs().T  # what rounding is relative to
             once = 2**-8 if kind == "floats4" else 2**-17  # many tokens: weights are rounded to bfloat16
             assert ((y_MN.double() - exact @ W_NK.T).abs() <= once * size + 1e-30).all()
-            narrow = native.multiply(x_MK, blob, N, kind, group, middle, torch.bfloat16)
+            narrow = native.multiply(x_MK, blob, N, kind, group, middle, torch.bfloat16, *ranges)
             assert torch.equal(narrow, y_MN.bfloat16())
 
 
 @needs_it
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spec", [act_spec(8), act_spec(8, symmetric=False), act_spec(4), act_spec(6, symmetric=False)])
-def test_tokens_are_quantized_as_they_are_elsewhere(spec: object, dtype: torch.dtype) -> None:
+def test_tokens_are_quantized_as_they_are_elsewhere(spec: Spec, dtype: torch.dtype) -> None:
     x_TK = drawn(9, 100).mul(3).to(dtype)
     x_TK[2], x_TK[3], x_TK[4] = 0, x_TK[3].abs(), -x_TK[4].abs()
     assert integer_tokens(spec)
-    found, wanted = native.quantize(x_TK, token_grid(spec)), quantize_input(x_TK, spec, {})
-    less = 128 if spec.grid.high > 127 else 0
-    assert torch.equal(found.values.int() + less, wanted.codes.int() + spec.grid.low)
-    assert torch.equal(found.scale, wanted.scale[:, 0])
-    assert found.zero is None if wanted.zero is None else torch.equal(found.zero + less, wanted.zero[:, 0])
+    wanted = quantize_input(x_TK, spec, {})
+    same_codes(native.quantize(x_TK, token_grid(spec)), wanted, spec)
     blob = [layout.pack(torch.randint(0, 256, (16, 100), dtype=torch.uint8), "integers8"), torch.ones(1, 1, 16)]
     blob += [torch.empty(0), torch.empty(0), torch.ones(16), torch.empty(0)]
-    at_once = native.multiply(x_TK, blob, 16, "integers8", 1 << 40, 128, dtype, token_grid(spec))
-    assert torch.equal(at_once, native.multiply(found, blob, 16, "integers8", 1 << 40, 128, dtype))
+    of = blob, 16, "integers8", 1 << 40, 128, dtype, token_grid(spec)
+    own = wanted.scale[:, 0], None if wanted.zero is None else wanted.zero[:, 0]
+    assert torch.equal(native.multiply(x_TK, *of), native.multiply(x_TK, *of, own))
     x_TK[5, 7] = float("nan")
-    assert native.quantize(x_TK, token_grid(spec)).scale.isnan().tolist() == [i == 5 for i in range(9)]
+    for ranges in (None, own):
+        assert native.quantize(x_TK, token_grid(spec), ranges)[1].isnan().tolist() == [i == 5 for i in range(9)]
+
+
+@needs_it
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_tokens_are_quantized_as_they_are_elsewhere(symmetric: bool, dtype: torch.dtype) -> None:
+    """One range for all, and one by row of a table; values beyond it are clipped."""
+    x_TK, spec = drawn(9, 100).mul(3).to(dtype), act_spec(8, static=True, symmetric=symmetric)
+    x_TK[3, 3] = float("inf")
+    table = {"input_scale": torch.tensor([0.02, 0.05])} | (
+        {} if symmetric else {"input_zero_point": torch.tensor([3, 90])}
+    )
+    for entry_T in (torch.zeros(9, dtype=torch.int64), torch.arange(9) % 2):
+        rows = {name: t[entry_T] for name, t in table.items()}
+        wanted = quantize_input(x_TK, replace(spec, block=(1, -1)), rows)
+        same_codes(native.quantize(x_TK, token_grid(spec), static_ranges(table, entry_T, 9)), wanted, spec)
+    one = {name: t[:1] for name, t in table.items()}
+    of = x_TK, token_grid(spec), static_ranges(one, None, 9)
+    same_codes(native.quantize(*of), quantize_input(x_TK, spec, one), spec)
+
+
+@needs_it
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spec", [act_spec(8), act_spec(4, symmetric=False)])
+def test_tokens_in_blocks_are_rounded_as_they_are_elsewhere(spec: Spec, dtype: torch.dtype) -> None:
+    x_TK = drawn(9, 96).mul(3).to(dtype)
+    for blocks in (replace(spec, block=(1, 32)), replace(spec, block=(1, 40))):
+        assert torch.equal(rounded(x_TK, blocks, {}), fake_quantize(x_TK, blocks, {}))
+
+
+def same_codes(found: tuple[Tensor, Tensor, Tensor | None], wanted: QTensor, spec: Spec) -> None:
+    less, (codes, scale, zero) = 128 if spec.grid.high > 127 else 0, found
+    assert torch.equal(codes.int() + less, wanted.codes.int() + spec.grid.low)
+    assert torch.equal(scale, wanted.scale.flatten().expand(len(scale)))
+    assert zero is None if wanted.zero is None else torch.equal(zero + less, wanted.zero.flatten().expand(len(zero)))
 
 
 @needs_it

@@ -53,36 +53,45 @@ void tile_tokens(const uint8_t* tokens, const Product& p, int64_t width, int64_t
 extern "C" {
 
 // Tokens [M, K] onto the grid low .. high: code = clamp(round(x / scale + zero)), scale and zero of each token (none
-// where zero is null); codes and zeros less 128 where they would not fit a signed byte.
-void hf_quant_tokens(const void* x, int64_t narrow, int64_t M, int64_t K, int64_t low, int64_t high, int8_t* codes,
-                     float* scale, float* zero, int64_t threads) {
+// where zero is null); codes and zeros less 128 where they would not fit a signed byte. The ranges are those of `fixed`
+// and `fixed_zero`, where they are given, else each token's own. A token with NaN has a scale that is NaN.
+void hf_quant_tokens(const void* x, int64_t narrow, int64_t M, int64_t K, int64_t low, int64_t high, const float* fixed,
+                     const float* fixed_zero, int8_t* codes, float* scale, float* zero, int64_t threads) {
     const int shift = high > 127 ? 128 : 0;
     const bool asymmetric = zero != nullptr;
     auto values = [=](int64_t i, Mask some) {
         return narrow ? load((const uint16_t*)x + i, some) : load((const float*)x + i, some);
     };
-    std::atomic<int64_t> turn{0};
-    auto token = [&](int64_t m) {
+    auto range = [&](int64_t m, float& step, float& z) {
+        if (fixed) {
+            step = fixed[m], z = fixed_zero ? fixed_zero[m] : 0;
+            return;
+        }
         F low_F = all(0.0f), high_F = all(0.0f);
-        Mask nan = 0;
         for (int64_t k = 0; k < K; k += LANES) {
             const F v = values(m * K + k, upto(K - k));
             low_F = min(low_F, v), high_F = max(high_F, v);
-            nan |= unordered(v);
         }
         const float l = least(low_F), h = most(high_F);
-        float step = asymmetric ? (h - l) / (float)(high - low) : low == 0 ? h / high : std::max(l / low, h / high);
+        step = asymmetric ? (h - l) / (float)(high - low) : low == 0 ? h / high : std::max(l / low, h / high);
         step = step > 0 ? step : 1.0f;
-        const float z = asymmetric ? std::nearbyint(std::min(std::max(low - l / step, (float)low), (float)high)) : 0;
-        scale[m] = nan ? NAN : step;
-        if (asymmetric) zero[m] = z - shift;
+        z = asymmetric ? std::nearbyint(std::min(std::max(low - l / step, (float)low), (float)high)) : 0;
+    };
+    std::atomic<int64_t> turn{0};
+    auto token = [&](int64_t m) {
+        float step, z;
+        range(m, step, z);
         const F by = all(step), zeros = all(z), lows = all((float)low), highs = all((float)high);
         const V off = all(shift);
+        Mask nan = 0;
         for (int64_t k = 0; k < K; k += LANES) {
             const Mask some = upto(K - k);
-            const F v = add(div(values(m * K + k, some), by), zeros);
-            store(codes + m * K + k, some, sub(nearest(min(max(v, lows), highs)), off));
+            const F v = values(m * K + k, some), steps = add(div(v, by), zeros);
+            nan |= unordered(v);
+            store(codes + m * K + k, some, sub(nearest(min(max(steps, lows), highs)), off));
         }
+        scale[m] = nan ? NAN : step;
+        if (asymmetric) zero[m] = z - shift;
     };
     together(M > 1 ? threads : 1, [&] {
         for (int64_t m; (m = turn++) < M;) token(m);
