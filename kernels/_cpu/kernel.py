@@ -190,11 +190,11 @@ def rounded(x_TK: Tensor, spec: Spec | None, tensors: Tensors) -> Tensor:
     """`fake_quantize`, in one pass where tokens become integers with several scales each."""
     if spec is None or spec.range != "dynamic" or not integer_tokens(replace(spec, block=(1, -1))):
         return fake_quantize(x_TK, spec, tensors)
-    (T, K), width = x_TK.shape, spec.block[1]
-    blocks = F.pad(x_TK, (0, -K % width)).view(-1, width)  # 0 is in every range
-    codes, scale, zero = native.quantize(blocks, token_grid(spec))
+    K, width = x_TK.shape[1], spec.block_size((x_TK.shape[0], x_TK.shape[1]))[1]
+    padded = F.pad(x_TK, (0, -K % width)).contiguous()  # 0 is in every range
+    codes, scale, zero = native.quantize(padded.view(padded.numel() // width, width), token_grid(spec))
     values = codes.float() if zero is None else codes.float().sub_(zero[:, None])
-    return values.mul_(scale[:, None]).to(x_TK.dtype).view(T, -1)[:, :K]
+    return values.mul_(scale[:, None]).to(x_TK.dtype).view(padded.shape)[:, :K]
 
 
 def static_ranges(tensors: Tensors, entry_T: Tensor | None, tokens: int) -> native.Ranges:
