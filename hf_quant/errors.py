@@ -35,3 +35,8 @@ class PluginError(HfQuantError, RuntimeError):
 
 class NotSupported(HfQuantError, NotImplementedError):
     """This method does not offer what was asked (for example fine-tuning)."""
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a file could not be written for want of room."""
+    return any(sign in str(error) for sign in ("No space left", "Disk quota", "File too large"))

@@ -98,14 +98,16 @@ def _require_device(device: torch.device | None) -> None:
 @contextmanager
 def _apart(model: nn.Module) -> Iterator[None]:
     """In eval mode, every matrix a layer of its own; afterwards what was not quantized is as it was."""
-    was_training = model.training
+    were_training = {module: module.training for module in model.modules()}
     model.eval()
     take_apart(model)
     try:
         yield
     finally:
         put_back_floats(model)
-        model.train(was_training)
+        model.train(were_training[model])
+        for module, training in were_training.items():
+            module.training = training
 
 
 def describe_batches(batches: Sequence[Batch], job: Job) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hf_quant.errors import RunError
+from hf_quant.errors import RunError, is_full
 from hf_quant.running.locks import hold
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
@@ -91,7 +91,7 @@ def _flush(folder: Path) -> None:
 
 def _explain(out: Path, error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "No space left" in text or "Disk quota" in text or "File too large" in text:
+    if is_full(error):
         return f"cannot write {out}: the disk is full ({text}); free some room and give the same command again"
     return f"cannot write {out}: {text}"
 

@@ -7,7 +7,6 @@ evaluated, and the teacher the same without rounding.
 """
 
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -24,12 +24,13 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from hf_quant.capture import answer, arguments_of
 from hf_quant.errors import CalibrationError, RunError
+from hf_quant.learning import checkpoints
 from hf_quant.learning.evaluated import as_evaluated, recompute_as_evaluated
 from hf_quant.learning.kept import Offset, offsets, settled
 from hf_quant.learning.rows import ENTRY, collate, counted, rows_of, size_of
 from hf_quant.learning.shards import as_shared, gathered, mine, whole
 from hf_quant.learning.student import Student
-from hf_quant.learning.undone import own_generators, own_modules, quiet
+from hf_quant.learning.undone import own_accelerator, own_generators, own_modules, quiet
 from hf_quant.qtensor import QTensor
 from hf_quant.running.distributed import processes
 from hf_quant.running.progress import inner
@@ -62,6 +63,7 @@ def train(
         tempfile.TemporaryDirectory() as scratch,
         torch.enable_grad(),
         own_generators(),
+        own_accelerator(),
         own_modules(model) as tree,
     ):
         modules = {name: tree.get_submodule(name) for name in start}
@@ -128,7 +130,6 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
     ) -> None:
         self.how, self.students, self.vectors = how, students, vectors
         self.history: list[tuple[float, float]] = []
-        self.keep = keep
         self.bar = iter(inner(range(how.steps), description="steps", total=how.steps))
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -139,7 +140,6 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             max_grad_norm=how.clip,
             save_strategy="steps" if keep else "no",
             save_steps=max(1, how.steps // 10),
-            save_total_limit=1,
             logging_strategy="no",
             disable_tqdm=True,
             report_to=[],
@@ -165,10 +165,6 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             self.train(resume_from_checkpoint=last)
         for _ in self.bar:
             pass  # a bar that stays open would stay on the screen
-        if self.keep and self.args.should_save:
-            for older in folder.glob("checkpoint-*"):
-                if older.name != f"checkpoint-{self.how.steps}":
-                    shutil.rmtree(older)
         return self.history
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ANN401
@@ -261,6 +257,20 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             for switch in switches:
                 switch.on = True
 
+    def _get_output_dir(self, trial: Any = None) -> str:  # noqa: ANN401
+        return str(Path(self.args.output_dir) / checkpoints.PART)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ANN401
+        folder = Path(self.args.output_dir)
+        with checkpoints.writing(folder):
+            if self.args.should_save:
+                checkpoints.begin(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.finish(folder, f"checkpoint-{self.state.global_step}")
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What is learned, and the history; every process gives its part."""
         folder, learned = Path(output_dir or self.args.output_dir), self._learned()
@@ -270,7 +280,10 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             save_file({**kept, HISTORY: torch.tensor(self.history, dtype=torch.float64)}, folder / FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
-        kept = load_file(Path(resume_from_checkpoint) / FILE)
+        try:
+            kept = load_file(Path(resume_from_checkpoint) / FILE)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{resume_from_checkpoint} is damaged ({error}); delete it and run again") from None
         self.history = [(loss, tokens) for loss, tokens in kept[HISTORY].tolist()]
         for _ in self.history:
             next(self.bar, None)

@@ -1,4 +1,4 @@
-"""What transformers' Trainer does besides training, undone: seeds, what becomes of the modules, remarks."""
+"""What transformers' Trainer does besides training, undone: seeds, accelerate's state, modules, remarks."""
 
 import copy
 import random
@@ -23,6 +23,20 @@ def own_generators() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextmanager
+def own_accelerator() -> Iterator[None]:
+    """The Trainer makes accelerate forget how it was set up, and sets it up its own way, for the whole process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    kept = [(s._shared_state, dict(s._shared_state)) for s in (PartialState, AcceleratorState, GradientState)]
+    try:
+        yield
+    finally:
+        for state, before in kept:
+            state.clear()
+            state.update(before)
 
 
 @contextmanager

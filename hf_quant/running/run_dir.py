@@ -4,7 +4,6 @@ A unit (a block, or one site outside all blocks) is one safetensors file with th
 measured. It is written under another name, flushed and then renamed: a file that is there is whole.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_quant.checkpoint import build_skeleton, describe
-from hf_quant.errors import RunError
+from hf_quant.errors import RunError, is_full
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry
 from hf_quant.running.distributed import is_first
@@ -163,8 +162,7 @@ def _replace(path: Path, write: object) -> None:
         part.replace(path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        what = "the disk is full" if full else str(error)
+        what = "the disk is full" if is_full(error) else str(error)
         raise RunError(f"cannot write {path}: {what}; finished blocks are kept, free some room and run again") from None
 
 
