@@ -5,16 +5,36 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+from transformers import Trainer
 
 from hf_quant.errors import RunError, is_full
 
 PART = "part"  # a folder beside them, where the next one is written
 
 
+class WholeCheckpoints(Trainer):  # type: ignore[misc]  # an untyped base
+    """transformers' Trainer, whose checkpoints are there whole or not at all."""
+
+    def _get_output_dir(self, trial: Any = None) -> str:  # noqa: ANN401
+        return str(Path(self.args.output_dir) / PART)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ANN401
+        folder = Path(self.args.output_dir)
+        with _writing(folder):
+            if self.args.should_save:
+                _begin(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                _finish(folder, f"checkpoint-{self.state.global_step}")
+
+
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path) -> Iterator[None]:
     """What goes wrong is told; earlier checkpoints are kept.
 
     Raises:
@@ -29,12 +49,12 @@ def writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def begin(folder: Path) -> None:
+def _begin(folder: Path) -> None:
     """Drop what a killed run left unfinished."""
     shutil.rmtree(folder / PART, ignore_errors=True)
 
 
-def finish(folder: Path, name: str) -> None:
+def _finish(folder: Path, name: str) -> None:
     """The checkpoint in `PART` is whole: it takes the place of the earlier ones."""
     written = folder / PART / name
     for file in written.iterdir():
@@ -44,4 +64,4 @@ def finish(folder: Path, name: str) -> None:
     written.rename(folder / name)
     for old in earlier:
         shutil.rmtree(old)
-    begin(folder)
+    _begin(folder)

@@ -256,6 +256,20 @@ def test_an_answer_a_row_has_no_padding() -> None:
     assert training["first_loss"] == pytest.approx(0.5 * np.log(2), rel=0.1)
 
 
+def test_one_step_is_one() -> None:
+    """A warm-up takes a tenth of the steps: there is none of fewer than ten, and the first learns."""
+    before, model = llama(), llama()
+    hf_quant.finetune(model, QuantConfig("lsq", bits=4, group_size=32, steps=1), tokens(), progress=False)
+    assert not torch.equal(model.get_parameter("model.norm.weight"), before.get_parameter("model.norm.weight"))
+
+
+@pytest.mark.parametrize("rate", [-1e-3, float("nan"), float("inf")])
+def test_what_is_no_learning_rate_is_refused(rate: float) -> None:
+    for name in ("lr", "lr_scale", "lr_norms"):
+        with pytest.raises(ConfigError, match=f"{name}=.*a learning rate"):
+            QuantConfig("lr-qat", **{name: rate}).quantizer()
+
+
 def test_a_step_without_a_label_is_no_divergence() -> None:
     ids, config = tokens(), QuantConfig("lsq", bits=4, group_size=32, steps=1, distill=0.5)
     data = {"input_ids": ids, "labels": torch.full_like(ids, -100)}

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from hf_quant.capture import answer, arguments_of
 from hf_quant.errors import CalibrationError, RunError
-from hf_quant.learning import checkpoints
+from hf_quant.learning.checkpoints import WholeCheckpoints
 from hf_quant.learning.evaluated import as_evaluated, recompute_as_evaluated
 from hf_quant.learning.kept import Offset, offsets, settled
 from hf_quant.learning.rows import ENTRY, collate, counted, rows_of, size_of
@@ -113,7 +113,7 @@ def _original(module: nn.Module, student: Student) -> Tensor:
     return weight.T if student.transposed else weight
 
 
-class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
+class _Trainer(WholeCheckpoints):
     """transformers' Trainer with our loss, our parameter groups, and checkpoints of what is learned alone."""
 
     def __init__(
@@ -136,7 +136,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
             max_steps=how.steps,
             per_device_train_batch_size=how.batch_size // processes(),
             lr_scheduler_type="constant_with_warmup" if how.schedule == "constant" else how.schedule,
-            warmup_steps=max(1, how.steps // 10),
+            warmup_steps=how.steps // 10,
             max_grad_norm=how.clip,
             save_strategy="steps" if keep else "no",
             save_steps=max(1, how.steps // 10),
@@ -256,20 +256,6 @@ class _Trainer(Trainer):  # type: ignore[misc]  # an untyped base
         finally:
             for switch in switches:
                 switch.on = True
-
-    def _get_output_dir(self, trial: Any = None) -> str:  # noqa: ANN401
-        return str(Path(self.args.output_dir) / checkpoints.PART)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ANN401
-        folder = Path(self.args.output_dir)
-        with checkpoints.writing(folder):
-            if self.args.should_save:
-                checkpoints.begin(folder)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoints.finish(folder, f"checkpoint-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What is learned, and the history; every process gives its part."""

@@ -1,5 +1,6 @@
 """Trainer: quantization-aware training of a whole model, ending in the codes of its weights."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,8 +108,10 @@ class Qat:
                 raise ConfigError(f"{name}={value!r}: a positive integer")
         if not 0 <= self.distill <= 1:
             raise ConfigError(f"distill={self.distill!r}: a number from 0 (no teacher) to 1 (nothing else)")
-        if not self.lr_norms >= 0:
-            raise ConfigError(f"lr_norms={self.lr_norms!r}: a learning rate, 0 (norms stay as they are) or above")
+        of_rounding = {n: getattr(self.rounding, n) for n in dir(self.rounding) if n.startswith("lr")}
+        for name, rate in {**of_rounding, "input_lr": self.input_lr, "lr_norms": self.lr_norms}.items():
+            if not 0 <= rate < math.inf:
+                raise ConfigError(f"{name}={rate!r}: a learning rate, 0 (nothing of it is learned) or above")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ConfigError(f"schedule={self.schedule!r}: linear, cosine or constant")
         if self.loss.gradients:
