@@ -147,7 +147,7 @@ def _draw(console: "Console", summary: dict[str, Any]) -> None:
 def _training_rows(found: dict[str, float]) -> list[tuple[str, str]]:
     return [
         ("trained", f"{found['steps']:.0f} steps, {found['tokens']:.0f} tokens, {found['seconds']:.0f} s"),
-        ("loss", f"{found['first_loss']:.4f} at first, {found['last_loss']:.4f} at last"),
+        ("loss", f"{found['first_loss']:.3g} at first, {found['last_loss']:.3g} at last"),
         (
             "packed against trained",
             f"logits differ by at most {found['logit_difference']:.1e} of {found['logits']:.1f}",

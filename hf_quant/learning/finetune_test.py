@@ -256,6 +256,18 @@ def test_an_answer_a_row_has_no_padding() -> None:
     assert training["first_loss"] == pytest.approx(0.5 * np.log(2), rel=0.1)
 
 
+def test_the_teacher_is_in_full_precision() -> None:
+    """Layers that another method rounds included; they are as they were made afterwards."""
+    model, config = llama(), {"bits": 8, "group_size": 32, "steps": 1}
+    coarse = {"*embed_tokens": {"method": "rtn", "bits": 2}, "*.down_proj": {"method": "rtn", "bits": 2}}
+    config = QuantConfig("lsq", **config, overrides=coarse)
+    training = hf_quant.finetune(model, config, tokens(), progress=False).training
+    with torch.no_grad():
+        said, right = (m(tokens()).logits.log_softmax(-1) for m in (model, llama()))
+    assert training["first_loss"] == pytest.approx(float((right.exp() * (right - said)).sum(-1).mean()), rel=0.05)
+    assert training["logit_difference"] < 1e-4 * training["logits"]
+
+
 def test_one_step_is_one() -> None:
     """A warm-up takes a tenth of the steps: there is none of fewer than ten, and the first learns."""
     before, model = llama(), llama()

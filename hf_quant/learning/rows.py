@@ -53,12 +53,21 @@ def check_labels(model: Any, batches: Sequence[Batch]) -> None:  # noqa: ANN401 
     Raises:
         CalibrationError: there are none.
     """
-    causal = getattr(model, "can_generate", bool)() and not model.config.is_encoder_decoder
+    causal = _is_causal(model)
     if any("labels" not in batch and not (causal and "input_ids" in batch) for batch in batches):
         raise CalibrationError(
             f"distill < 1 trains on the model's own loss, for which {type(model).__name__} needs labels: give them "
             "beside its other inputs (batches or rows with 'labels'), or distill=1"
         )
+
+
+def targets_of(model: Any, labels: Tensor) -> int:  # noqa: ANN401
+    """How many labels a model's own loss is the mean over: a causal language model has nothing to say of the first."""
+    return int((labels[..., 1:] if _is_causal(model) else labels).ne(-100).sum())
+
+
+def _is_causal(model: Any) -> bool:  # noqa: ANN401
+    return getattr(model, "can_generate", bool)() and not model.config.is_encoder_decoder
 
 
 def counted(model: Any, inputs: Mapping[str, Tensor], answer: Tensor) -> Any:  # noqa: ANN401  an index

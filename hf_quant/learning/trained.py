@@ -50,9 +50,10 @@ def train(
     for name in plans:
         start[name] = fitted(model.get_submodule(name))
         model.set_submodule(name, floats[name].to(device))
+    others = {n: floats[n].to(device) for n in plan.sites if n not in plans}
     folder = None if job.run_dir is None else job.run_dir / "training"
     for _ in track([trainer], description="training", enabled=job.progress):
-        trained = trainer.train(model, start, batches, job.seed, folder)
+        trained = trainer.train(model, start, batches, job.seed, folder, others)
     seconds = round((time.perf_counter() - started) / max(1, len(plans)), 4)
     of = {e.name: e for e in entries}
     with torch.no_grad():

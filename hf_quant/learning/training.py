@@ -27,9 +27,10 @@ from hf_quant.errors import CalibrationError, RunError
 from hf_quant.learning.checkpoints import WholeCheckpoints
 from hf_quant.learning.evaluated import as_evaluated, recompute_as_evaluated
 from hf_quant.learning.kept import Offset, offsets, settled
-from hf_quant.learning.rows import ENTRY, collate, counted, rows_of, size_of
+from hf_quant.learning.rows import ENTRY, collate, counted, rows_of, size_of, targets_of
 from hf_quant.learning.shards import as_shared, gathered, mine, whole
 from hf_quant.learning.student import Student
+from hf_quant.learning.tuning import floating
 from hf_quant.learning.undone import own_accelerator, own_generators, own_modules, quiet
 from hf_quant.qtensor import QTensor
 from hf_quant.running.distributed import processes
@@ -51,6 +52,7 @@ def train(
     batches: Sequence[Batch],
     seed: int,
     folder: Path | None,
+    others: Mapping[str, nn.Module],
 ) -> Trained:
     """See `stages.trainer.Trainer.train`."""
     started = time.perf_counter()
@@ -81,7 +83,8 @@ def train(
             students[name] = Student(fake, inputs, transposed).to(weight.device)
             module.register_forward_pre_hook(students[name].round_input)
             parametrize.register_parametrization(module, "weight", students[name], unsafe=True)
-        trainer = _Trainer(how, tree, students, vectors, rows, seed, folder or Path(scratch), keep=folder is not None)
+        place = folder or Path(scratch)
+        trainer = _Trainer(how, tree, students, vectors, others, rows, seed, place, keep=folder is not None)
         history = trainer.run()
         probe = collate(rows[:1])
         with torch.no_grad():
@@ -122,13 +125,14 @@ class _Trainer(WholeCheckpoints):
         model: nn.Module,
         students: Mapping[str, Student],
         vectors: Mapping[str, Offset],
+        others: Mapping[str, nn.Module],
         rows: list[dict[str, Tensor]],
         seed: int,
         folder: Path,
         *,
         keep: bool,
     ) -> None:
-        self.how, self.students, self.vectors = how, students, vectors
+        self.how, self.students, self.vectors, self.others = how, students, vectors, others
         self.history: list[tuple[float, float]] = []
         self.bar = iter(inner(range(how.steps), description="steps", total=how.steps))
         arguments = TrainingArguments(
@@ -206,9 +210,9 @@ class _Trainer(WholeCheckpoints):
                     f"distill={distill} trains on the model's own loss, and {type(self.model).__name__} computes none "
                     f"of {', '.join(inputs)}: give it the labels it wants, or distill=1"
                 )
-            targets = float((inputs["labels"] != -100).sum())
+            targets = targets_of(self.model, inputs["labels"])
             own = own if targets else 0 * mine.flatten()[0]  # the mean over no label is no number
-            parts.append(((1 - distill) * own, targets))
+            parts.append(((1 - distill) * own, float(targets)))
         loss = self._shared(parts, float(size_of(inputs)))
         progress = self.state.global_step / max(1, self.how.steps)
         for student in self.students.values():
@@ -252,7 +256,8 @@ class _Trainer(WholeCheckpoints):
         for switch in switches:
             switch.on = False
         try:
-            yield
+            with floating(self.model, self.others):
+                yield
         finally:
             for switch in switches:
                 switch.on = True

@@ -59,12 +59,14 @@ class Trainer(Protocol):
         batches: Sequence[Batch],
         seed: int,
         folder: Path | None = None,
+        others: Mapping[str, nn.Module] | None = None,
     ) -> Trained:
         """Fit the sites of `start`, which hold what the solver gave.
 
         `model` comes in float; the trainer fake-quantizes it (see `stages.fakequant`). Nothing of the training is left
         in it; the pipeline installs the codes. With a `folder`, checkpoints are kept there and a
-        training that was cut off goes on from the last.
+        training that was cut off goes on from the last. `others` are the float layers of sites that are quantized and
+        not trained: a teacher has them.
         """
 
 
@@ -145,8 +147,9 @@ class Qat:
         batches: Sequence[Batch],
         seed: int,
         folder: Path | None = None,
+        others: Mapping[str, nn.Module] | None = None,
     ) -> Trained:
         """See `Trainer.train`."""
         from hf_quant.learning.training import train
 
-        return train(self, model, start, batches, seed, folder)
+        return train(self, model, start, batches, seed, folder, others or {})
