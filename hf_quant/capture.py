@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_quant.errors import CalibrationError, HfQuantError, UnsupportedModel
+from hf_quant.finite import require_numbers
 from hf_quant.stages.sampler import Batch, model_inputs_of, token_tags
 from hf_quant.stats import Seen, Stat, State
 
@@ -178,9 +179,9 @@ def record(
         try:
             with watching(model, sites, see):
                 run_model(model, batch, device)
-        except HfQuantError:
+        except (HfQuantError, torch.OutOfMemoryError):
             raise
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever a model says of inputs that it does not take
             given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
             raise CalibrationError(
                 f"{type(model).__name__} cannot run on calibration batch {index} ({given}): {error}"
@@ -295,6 +296,9 @@ def collect(
 
     Returns:
         path -> statistic -> state; paths that were never reached are missing.
+
+    Raises:
+        CalibrationError: some input holds NaN or infinite values.
     """
     states: dict[str, dict[Stat, State]] = {}
     calls = Counter[str]()  # of the first micro-batch
@@ -306,6 +310,7 @@ def collect(
             _watch(fp[0], partial(fp[1], fp[0], i), wanted, partial(_remember, twins), once)
         seen = _watch(block, partial(run, block, i), wanted, partial(_update, states, wanted, batch, twins), once)
         calls = calls or seen
+    require_numbers(states)
     return states
 
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_quant.capture import record
-from hf_quant.errors import UnsupportedModel
+from hf_quant.capture import collect, record
+from hf_quant.errors import CalibrationError, UnsupportedModel
 from hf_quant.sites import find_blocks
+from hf_quant.stats import AbsMax
 from hf_quant.testing.subjects import SUBJECTS
 
 
@@ -59,3 +60,19 @@ def test_blocks_that_take_something_else_are_named():
     model = Model(lambda block, x: block([x])[0])
     with pytest.raises(UnsupportedModel, match=r"block blocks\.0 is called with list in the place of hidden states"):
         recorded(model, {"x": torch.ones(2, 4)})
+
+
+def test_whatever_a_model_says_of_a_batch_is_told_with_the_batch():
+    def refuse(block, x):
+        raise AttributeError("'NoneType' object has no attribute 'dtype'")
+
+    with pytest.raises(CalibrationError, match=r"Model cannot run on calibration batch 0 \(x \[2, 4\]\): 'NoneType'"):
+        recorded(Model(refuse), {"x": torch.ones(2, 4)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_no_numbers_are_found_whatever_reads_them(value):
+    x = torch.ones(2, 4)
+    x[1, 2] = value
+    with pytest.raises(CalibrationError, match="input of proj holds NaN or infinite values"):
+        collect(Block(), lambda block, i: block(x), [{"x": x}], {"proj": (AbsMax(),)}, None)

@@ -1,9 +1,12 @@
 """Weights that are numbers: a NaN anywhere in a model would spread into every figure and calibration statistic."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from hf_quant.errors import UnsupportedModel
+from hf_quant.errors import CalibrationError, UnsupportedModel
 
 CHUNK = 2**24  # values looked at at a time
 
@@ -18,6 +21,21 @@ def require_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.is_meta and not all_finite(parameter):
             raise UnsupportedModel(f"{name} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def require_numbers(states: Mapping[str, Mapping[Any, Mapping[str, Tensor]]]) -> None:
+    """Look at what calibration saw: layer -> statistic -> its tensors by name.
+
+    Raises:
+        CalibrationError: naming the first layer whose input held NaN or infinite values.
+    """
+    for name, of_layer in states.items():
+        for state in of_layer.values():
+            if not all(all_finite(tensor) for tensor in state.values() if tensor.is_floating_point()):
+                raise CalibrationError(
+                    f"the input of {name} holds NaN or infinite values on the calibration data: look for them in the "
+                    "data, or, where float16 overflows, load the model in bfloat16 or float32"
+                )
 
 
 def all_finite(tensor: Tensor) -> bool:

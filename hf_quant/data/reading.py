@@ -23,6 +23,7 @@ KINDS = (
     "a list of texts, a datasets.Dataset, a path (.txt, .jsonl, .npy, .parquet, a folder; .safetensors with a model's "
     "inputs by name), token ids [n, S] or batches of tensors"
 )
+BY_NAME = ' (images and sounds as the processor gives them, batches by name: [{"pixel_values": tensor}, ...])'
 ROWS = 8  # of a file of tensors that make a batch
 
 
@@ -174,10 +175,10 @@ def to_ids(values: Data, where: str) -> Tensor:
     """Integers of any width and container as int64; `where` names them in a `CalibrationError`."""
     try:
         ids = torch.as_tensor(values.astype(np.int64) if getattr(values, "dtype", None) == np.uint16 else values)
-    except (TypeError, ValueError) as error:
-        raise CalibrationError(f"{where} are not an array of integers: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"{where} are not an array of integers: {error}{BY_NAME}") from error
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise CalibrationError(f"{where} are {ids.dtype}; token ids are integers")
+        raise CalibrationError(f"{where} are {ids.dtype}; token ids are integers{BY_NAME}")
     ids = ids.to(torch.int64)
     if ids.numel() and int(ids.min()) < 0:
         raise CalibrationError(f"{where} hold the negative id {int(ids.min())}; labels or padding were passed as ids")
