@@ -212,6 +212,7 @@ class TestErrors:
             ({"train": ["x"]}, "pick one split"),
             (["1 2 3 4", 7], "item 1 is a int"),
             ([{"pixel_values": torch.zeros(1, 3, 8, 8)}], "holds batches with ['pixel_values']"),
+            ([object()], "batches by name"),
             (3, "data of type int"),
         ],
     )
