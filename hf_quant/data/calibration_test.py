@@ -349,6 +349,13 @@ class TestSampler:
             batches = TextSampler().sample(given, None, 0)
             assert all(b["pixel_values"] is i["pixel_values"] for b, i in zip(batches, images, strict=True))
 
+    def test_sounds_come_in_the_type_of_the_model(self):
+        model = Model(50).bfloat16()
+        model.main_input_name, model.forward = "input_features", lambda input_features, scale: None
+        given = {"input_features": torch.randn(2, 8, 4), "scale": torch.ones(2)}
+        (batch,) = TextSampler().sample(given, None, 0, model)
+        assert {n: t.dtype for n, t in batch.items()} == {"input_features": torch.bfloat16, "scale": torch.float32}
+
     def test_one_batch(self):
         batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3)}
         assert TextSampler().sample(batch, None, 0)[0].keys() == batch.keys()

@@ -54,11 +54,17 @@ def made_up(model: nn.Module, samples: int, length: int, seed: int) -> Batch:
     if main == "input_ids" and (vocabulary := getattr(config, "vocab_size", 0)):
         return {main: torch.randint(vocabulary, (samples, length), generator=generator)}
     if main == "pixel_values" and (size := getattr(config, "image_size", 0)):
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        return {
-            main: torch.randn(samples, getattr(config, "num_channels", 3), size, size, generator=generator).to(dtype)
-        }
+        pixels = torch.randn(samples, getattr(config, "num_channels", 3), size, size, generator=generator)
+        return _as_the_model_reads({main: pixels}, model)
     raise UnsupportedModel(f"{type(model).__name__}: its layers are found by running it; pass calibration data")
+
+
+def _as_the_model_reads(batch: Batch, model: nn.Module) -> Batch:
+    """Pixels and sounds, which processors give in float32, in the type of the model's weights."""
+    main = getattr(model, "main_input_name", None)
+    if main not in batch or not batch[main].is_floating_point():
+        return batch
+    return batch | {main: batch[main].to(next(p.dtype for p in model.parameters() if p.is_floating_point()))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,7 @@ class TextSampler:
 
         length = min(self.length, (context_length(model) if model is not None else None) or self.length)
         batches = model_inputs(data, processor, self.samples, length, seed, self.batch_size, model)
-        if model is not None:
-            check_inputs(batches, model)
-        return batches
+        if model is None:
+            return batches
+        check_inputs(batches, model)
+        return [_as_the_model_reads(batch, model) for batch in batches]
