@@ -15,7 +15,7 @@ from hf_quant.diffusion.timesteps import follow_timesteps
 from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.learning.trained import train
 from hf_quant.loop import Loop
-from hf_quant.plan import make_plan, with_units
+from hf_quant.plan import Plan, make_plan, with_units
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Report
 from hf_quant.rewriting.rotate import rotate_whole
@@ -24,6 +24,7 @@ from hf_quant.running.distributed import my_share
 from hf_quant.running.resources import peak_bytes, versions
 from hf_quant.running.run_dir import RunDir
 from hf_quant.runtime.apart import put_back_floats, take_apart
+from hf_quant.runtime.rotating import Rotating, Scaling, Shifting
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.transform import WholeTransform
 
@@ -41,6 +42,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
     _require_device(job.device)
     with _apart(model):
         plan = make_plan(model, recipe, job)
+        _refuse_hooked(model, plan)
         batches: list[Batch] = []
         if any(not r.data_free for r in (recipe, *(p.recipe for p in plan.sites.values()))):
             batches = recipe.sampler.sample(job.data, job.processor, job.seed, model)
@@ -86,6 +88,18 @@ def _refuse_offloaded(model: nn.Module) -> None:
         )
 
 
+def _refuse_hooked(model: nn.Module, plan: Plan) -> None:
+    """A hook on a float layer would not run on the quantized one, nor when that is saved and loaded."""
+    for name in plan.sites:
+        module = model.get_submodule(name)
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(not isinstance(hook, Rotating | Scaling | Shifting) for hook in hooks):
+            raise UnsupportedModel(
+                f"{name} has forward hooks, which a quantized layer in its place would not run: remove them and register "
+                "them again afterwards (weight_norm and spectral_norm of torch.nn.utils are such hooks, too)"
+            )
+
+
 def _require_device(device: torch.device | None) -> None:
     if device is None:
         return
@@ -97,14 +111,23 @@ def _require_device(device: torch.device | None) -> None:
 
 @contextmanager
 def _apart(model: nn.Module) -> Iterator[None]:
-    """In eval mode, every matrix a layer of its own; afterwards what was not quantized is as it was."""
+    """In eval mode, every matrix a layer of its own; afterwards what was not quantized is as it was.
+
+    A module that stands in several places is quantized in one and then put in all of them.
+    """
     were_training = {module: module.training for module in model.modules()}
     model.eval()
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
     take_apart(model)
     try:
         yield
     finally:
         put_back_floats(model)
+        for first, *others in places.values():
+            for other in others:
+                model.set_submodule(other, model.get_submodule(first))
         model.train(were_training[model])
         for module, training in were_training.items():
             module.training = training

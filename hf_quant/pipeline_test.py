@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_quant
@@ -16,6 +16,7 @@ import hf_quant.running.run_dir
 from hf_quant.config import QuantConfig
 from hf_quant.errors import CalibrationError, ConfigError, RunError, UnsupportedModel, UnsupportedSpec
 from hf_quant.report import Report
+from hf_quant.runtime.linear import QuantLinear
 from hf_quant.testing.subjects import SUBJECTS
 
 IDS = torch.randint(0, 97, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -129,6 +130,32 @@ def test_a_batch_that_the_model_does_not_take_is_named() -> None:
     config = QuantConfig("gptq", group_size=16, bits=3)
     with pytest.raises(CalibrationError, match=r"cannot run on calibration batch 0 \(ids \[6, 24\]\): .*input_ids"):
         config.quantizer().quantize(small_llama(), config.job(data=[{"ids": IDS}], progress=False))
+
+
+def test_a_hook_that_a_quantized_layer_would_not_run_is_refused() -> None:
+    model = small_llama(1)
+    handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, given, out: 2 * out)
+    with pytest.raises(UnsupportedModel, match=r"layers\.0\.mlp\.up_proj has forward hooks"):
+        run(model)
+    handle.remove()
+    assert run(model).quantized
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_module_that_stands_in_two_places_is_one_layer_in_both(method: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.c = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x)))
+
+    model, x = Twice(), torch.randn(8, 32)
+    hf_quant.quantize(model, QuantConfig(method, group_size=32), data=[{"x": x}], progress=False)
+    assert isinstance(model.a, QuantLinear)
+    assert model.c is model.a
 
 
 def test_weights_that_are_not_numbers_are_refused() -> None:

@@ -69,7 +69,10 @@ def link(groups: Sequence[SiteGroup], block: nn.Module, block_name: str, run: Ru
 
 @torch.no_grad()
 def _alone(group: SiteGroup, block: nn.Module, whole: str, run: Run) -> bool:
-    """Whether nobody but the group reads its producer."""
+    """Whether its producer has a gain for each channel that the group reads (not one a head's), and nobody else does."""
+    gain = getattr(block.get_submodule(str(group.producer).removeprefix(whole)), "weight", None)
+    if not isinstance(gain, Tensor) or gain.numel() != group.sites[0].shape[1]:
+        return False
     readers = tuple(s.name.removeprefix(whole) for s in group.sites)
     reader: Any = block.get_submodule(readers[0])
     K, g = group.sites[0].shape[1], torch.Generator().manual_seed(0)

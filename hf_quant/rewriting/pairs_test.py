@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_quant.rewriting.pairs import Pair, find_pairs
+from hf_quant.groups import find_groups
+from hf_quant.rewriting.pairs import Pair, find_pairs, link
 from hf_quant.rewriting.rewrite import fold
 from hf_quant.sites import Site, SiteGroup
 from hf_quant.stages.transform import Diagonal
@@ -165,3 +166,47 @@ def test_experts_that_an_altered_token_does_not_choose() -> None:
         (("c.0",), "b.0"),
         (("c.1",), "b.1"),
     }
+
+
+class Heads(nn.Module):
+    """What goes into `b` is normed head by head, with gains that the heads share and a gate, or with no gains."""
+
+    def __init__(self, gains: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 12)
+        self.n = GatedNorm(4) if gains else PlainNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.a(x)
+        if isinstance(self.n, GatedNorm):
+            heads, x = (t.unflatten(-1, (-1, 4)) for t in (heads, x))
+            return self.b(self.n(heads, x).flatten(-2))
+        return self.b(self.n(heads))
+
+
+class PlainNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:])
+
+
+class GatedNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.weight * F.normalize(x, dim=-1) * F.silu(gate)
+
+
+def test_norms_without_a_gain_for_every_channel_that_is_read() -> None:
+    site = Site("b", "linear", (12, 16))
+    for gains in (True, False):
+        torch.manual_seed(0)
+        block = Heads(gains).double()
+        groups = find_groups(block, "", [site], lambda b: b(X))
+        assert groups[0].producer == "n"
+        group = link(groups, block, "", lambda b: b(X))[0]
+        assert group.producer == ("n" if gains else None)
+        if gains:
+            assert group.channels is not None
+            keeps_the_function(block, Pair("n", ("b",), group.channels, False, 1), X)

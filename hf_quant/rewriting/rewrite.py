@@ -4,6 +4,7 @@ Everything is computed in float64 and rounded once to the type of the weights.
 """
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +153,9 @@ def norm_offset(norm: nn.Module) -> float:
         weight.data.zero_()
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             return 0.0
-        out = norm(probe.to(weight.dtype))
+        takes = signature(norm.forward).parameters.values()
+        required = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in takes)
+        out = norm(*[probe.to(weight.dtype)] * max(1, required))  # a gate may come with the input
         if isinstance(bias, Tensor):
             out = out - bias
         return 1.0 if bool(out.abs().max() > 0) else 0.0
