@@ -95,8 +95,8 @@ def _refuse_hooked(model: nn.Module, plan: Plan) -> None:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(not isinstance(hook, Rotating | Scaling | Shifting) for hook in hooks):
             raise UnsupportedModel(
-                f"{name} has forward hooks, which a quantized layer in its place would not run: remove them and register "
-                "them again afterwards (weight_norm and spectral_norm of torch.nn.utils are such hooks, too)"
+                f"{name} has forward hooks, which a quantized layer in its place would not run: remove them and "
+                "register them again afterwards (weight_norm and spectral_norm of torch.nn.utils are such hooks, too)"
             )
 
 
