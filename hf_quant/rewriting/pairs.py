@@ -69,7 +69,7 @@ def link(groups: Sequence[SiteGroup], block: nn.Module, block_name: str, run: Ru
 
 @torch.no_grad()
 def _alone(group: SiteGroup, block: nn.Module, whole: str, run: Run) -> bool:
-    """Whether its producer has a gain for each channel that it reads (none for those of a head), and nobody else does."""
+    """Whether its producer has a gain for each channel that it reads (heads may share one), and nobody else does."""
     gain = getattr(block.get_submodule(str(group.producer).removeprefix(whole)), "weight", None)
     if not isinstance(gain, Tensor) or gain.numel() != group.sites[0].shape[1]:
         return False
