@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.capture import first_tensor, left_products
+from hf_quant.capture import first_tensor
+from hf_quant.left_products import left_products
 from hf_quant.sites import Site, SiteGroup
 
 
