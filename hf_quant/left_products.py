@@ -1,4 +1,4 @@
-"""Left products: layers whose forward is never called, because their weight is multiplied into an input from outside."""
+"""Left products: layers whose forward is never called, as their weight is multiplied into an input from outside."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
