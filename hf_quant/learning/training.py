@@ -36,6 +36,7 @@ from hf_quant.qtensor import QTensor
 from hf_quant.running.distributed import processes
 from hf_quant.running.progress import inner
 from hf_quant.runtime.branches import Branch
+from hf_quant.runtime.conv import convolutions
 from hf_quant.stages.reconstruction import InputQuant
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.trainer import Qat, Trained
@@ -72,6 +73,7 @@ def train(
         if how.gradient_checkpointing:
             recompute_as_evaluated(tree)
         vectors = offsets(tree) if how.lr_norms else {}
+        whole = convolutions(tree)
         rows = rows_of(batches)
         for name, fitted in start.items():
             module = modules[name]
@@ -81,7 +83,9 @@ def train(
                 fake = how.rounding.start(weight.T if transposed else weight, fitted.q, generator)
             inputs = None if fitted.inputs is None else InputQuant(fitted, 1.0, how.input_lr, generator)
             students[name] = Student(fake, inputs, transposed).to(weight.device)
-            module.register_forward_pre_hook(students[name].round_input)
+            if inputs is not None:
+                at = module if inputs.range is None else whole.get(module, module)
+                at.register_forward_pre_hook(students[name].round_input)
             parametrize.register_parametrization(module, "weight", students[name], unsafe=True)
         place = folder or Path(scratch)
         trainer = _Trainer(how, tree, students, vectors, others, rows, seed, place, keep=folder is not None)

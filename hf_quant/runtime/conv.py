@@ -82,9 +82,9 @@ class UnfoldedConv(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, I, ...]` (or without B) -> `[B, O, ...]`."""
-        if self._by_weights_alone():
+        if (dense := self._dense(x.dtype)) is not None:
             convolve = _CONV[len(self.kernel_size)]
-            y: Tensor = convolve(x, self._dense(x.dtype), self._bias(x.dtype), self.stride, self.padding, self.dilation)
+            y: Tensor = convolve(x, dense, self._bias(x.dtype), self.stride, self.padding, self.dilation)
             return y
         batched = x.dim() == len(self.kernel_size) + 2
         y = self.matrix(self.unfold(x if batched else x[None])).movedim(-1, 1)
@@ -107,13 +107,15 @@ class UnfoldedConv(StandIn):
         sides = [int(p) for p in self.padding for _ in range(2)]
         return sides[::-1] if any(sides) else []
 
-    def _by_weights_alone(self) -> bool:
-        """Whether the matrix is quantized and its input is not."""
-        return isinstance(self.matrix, QuantLinear) and self.matrix.layer.inputs is None
-
-    def _dense(self, dtype: torch.dtype) -> Tensor:
-        assert isinstance(self.matrix, QuantLinear)  # noqa: S101  asked for such only
-        return self.matrix.dequantize(dtype).reshape(self.out_channels, self.in_channels, *self.kernel_size)
+    def _dense(self, dtype: torch.dtype) -> Tensor | None:
+        """The weight to convolve with; None where somebody has to see the rows: integer products, hooks, adapters."""
+        matrix = self.matrix
+        if isinstance(matrix, QuantLinear):
+            if matrix.layer.inputs is not None:
+                return None
+            return matrix.dequantize(dtype).reshape(self.out_channels, self.in_channels, *self.kernel_size)
+        watched = matrix._forward_pre_hooks or matrix._forward_hooks or "forward" in vars(matrix)
+        return self.weight if isinstance(matrix, nn.Linear) and not watched else None
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.matrix.bias is None else self.matrix.bias.to(dtype)
@@ -154,6 +156,11 @@ class UnfoldedConv2d(UnfoldedConv, nn.Conv2d):  # type: ignore[override]  # its 
 
 class UnfoldedConv3d(UnfoldedConv, nn.Conv3d):  # type: ignore[override]  # its parameters are views here
     """Over three axes."""
+
+
+def convolutions(root: nn.Module) -> dict[nn.Module, UnfoldedConv]:
+    """Matrix -> its convolution. One range for all values rounds an image as it rounds its rows, many times fewer."""
+    return {conv.matrix: conv for conv in root.modules() if isinstance(conv, UnfoldedConv)}
 
 
 _STAND_INS: dict[type[nn.Module], type[UnfoldedConv]] = {

@@ -10,8 +10,9 @@ from torch import nn
 
 from hf_quant.formats import Layer, format_for
 from hf_quant.qtensor import as_blocks, from_extremes, nearest
+from hf_quant.runtime.activation import fake_quantize, pack_input
 from hf_quant.runtime.apart import put_back_all, put_back_floats, take_apart
-from hf_quant.runtime.conv import UnfoldedConv
+from hf_quant.runtime.conv import UnfoldedConv, convolutions
 from hf_quant.runtime.install import dequantize_model, install_linear
 from hf_quant.spec import act_spec, int_spec
 
@@ -35,12 +36,28 @@ def test_unfolded_is_the_convolution(data: st.DataObject) -> None:
     x = torch.randn(2, 3, *[9] * n, dtype=torch.float64)
     apart = UnfoldedConv.of(copy.deepcopy(conv))
     assert isinstance(apart, CONVS[n])
+    assert apart(x).equal(conv(x))
+    watched = apart.matrix.register_forward_pre_hook(lambda *_: None)  # somebody who has to see the rows
     torch.testing.assert_close(apart(x), conv(x), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(apart(x[0]), conv(x[0]), rtol=1e-10, atol=1e-10)
+    watched.remove()
     back = apart.put_back()
     assert type(back) is type(conv)
     assert back(x).equal(conv(x))
     assert list(back.state_dict()) == list(conv.state_dict())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_range_rounds_an_image_as_it_rounds_its_rows(symmetric: bool) -> None:
+    """What is padded with included: zero is on every grid."""
+    torch.manual_seed(0)
+    conv = UnfoldedConv.of(nn.Conv2d(3, 5, 3, padding=1))
+    x, spec = torch.randn(2, 3, 7, 7), act_spec(4, static=True, symmetric=symmetric)
+    kept = pack_input(*from_extremes(torch.tensor([[-1.1]]), torch.tensor([[2.3]]), spec))
+    rows = fake_quantize(conv.unfold(x).flatten(0, 2), spec, kept)
+    image = fake_quantize(x.reshape(-1, 7), spec, kept).reshape(x.shape)
+    assert rows.equal(conv.unfold(image).flatten(0, 2))
+    assert convolutions(nn.Sequential(conv)) == {conv.matrix: conv}
 
 
 def net() -> nn.Module:

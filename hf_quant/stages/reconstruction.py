@@ -23,6 +23,7 @@ from hf_quant.capture import first_tensor, to_device
 from hf_quant.errors import CalibrationError, ConfigError
 from hf_quant.running.progress import inner
 from hf_quant.runtime.activation import fake_quantize, pack_input, refuses, round_by_entry, timed
+from hf_quant.runtime.conv import convolutions
 from hf_quant.sites import linear_shape
 from hf_quant.spec import Spec
 from hf_quant.stages.fakequant import Clipped, FakeQuant, Learned, Rounding, bounds, exactly
@@ -238,7 +239,7 @@ def _faked(
         parameter.requires_grad_(False)
     weights: dict[str, _OnWeight] = {}
     inputs: dict[str, InputQuant] = {}
-    handles = []
+    handles, whole = [], convolutions(unit.module)
     try:
         for name, module in unit.sites.items():
             on = _OnWeight(how.rounding.start(matrix_of(module), start[name].q, generator), _transposed(module))
@@ -246,7 +247,8 @@ def _faked(
             weights[name] = on
             if start[name].inputs is not None:
                 quant = inputs[name] = InputQuant(start[name], how.share, how.input_lr, generator)
-                handles.append(module.register_forward_pre_hook(lambda _, args, q=quant: (q(args[0]), *args[1:])))
+                at = module if quant.range is None else whole.get(module, module)
+                handles.append(at.register_forward_pre_hook(lambda _, args, q=quant: (q(args[0]), *args[1:])))
         yield weights, inputs
     finally:
         for handle in handles:
