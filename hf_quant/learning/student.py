@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_quant.stages.fakequant import FakeQuant, Learned
-from hf_quant.stages.reconstruction import InputQuant
+from hf_quant.stages.input_quant import InputQuant
 
 
 class Student(nn.Module):

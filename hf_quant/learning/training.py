@@ -37,7 +37,7 @@ from hf_quant.running.distributed import processes
 from hf_quant.running.progress import inner
 from hf_quant.runtime.branches import Branch
 from hf_quant.runtime.conv import convolutions
-from hf_quant.stages.reconstruction import InputQuant
+from hf_quant.stages.input_quant import InputQuant
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.trainer import Qat, Trained
 from hf_quant.stages.tuner import Fitted
@@ -84,8 +84,7 @@ def train(
             inputs = None if fitted.inputs is None else InputQuant(fitted, 1.0, how.input_lr, generator)
             students[name] = Student(fake, inputs, transposed).to(weight.device)
             if inputs is not None:
-                at = module if inputs.range is None else whole.get(module, module)
-                at.register_forward_pre_hook(students[name].round_input)
+                inputs.place(module, whole).register_forward_pre_hook(students[name].round_input)
             parametrize.register_parametrization(module, "weight", students[name], unsafe=True)
         place = folder or Path(scratch)
         trainer = _Trainer(how, tree, students, vectors, others, rows, seed, place, keep=folder is not None)

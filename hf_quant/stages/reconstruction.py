@@ -22,11 +22,12 @@ from torch.nn.utils import parametrize
 from hf_quant.capture import first_tensor, to_device
 from hf_quant.errors import CalibrationError, ConfigError
 from hf_quant.running.progress import inner
-from hf_quant.runtime.activation import fake_quantize, pack_input, refuses, round_by_entry, timed
+from hf_quant.runtime.activation import refuses
 from hf_quant.runtime.conv import convolutions
 from hf_quant.sites import linear_shape
 from hf_quant.spec import Spec
-from hf_quant.stages.fakequant import Clipped, FakeQuant, Learned, Rounding, bounds, exactly
+from hf_quant.stages.fakequant import FakeQuant, Learned, Rounding
+from hf_quant.stages.input_quant import InputQuant
 from hf_quant.stages.tuner import Call, Example, Fitted, Unit, UnitLoss
 
 
@@ -75,52 +76,6 @@ class Kl:
     def loss(self, out: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Mean over tokens."""
         return F.kl_div(out.float().log_softmax(-1), target.float(), log_target=True, reduction="none").sum(-1).mean()
-
-
-class InputQuant(nn.Module):
-    """A layer's input as it will be rounded; of a static range, the step `s = s_0 exp(r)` is learned (LSQ).
-
-    A table has a step for each of its entries; `entry_B` are those of the samples that run now.
-    """
-
-    def __init__(self, fitted: Fitted, share: float, lr: float, generator: torch.Generator) -> None:
-        super().__init__()
-        assert fitted.inputs is not None  # noqa: S101
-        self.spec, self.range, self.share, self.lr = fitted.inputs, fitted.input_range, share, lr
-        self.generator = generator
-        device = None if self.range is None else self.range[0].device
-        self.r = nn.Parameter(torch.zeros(self.spec.entries, 1, device=device))
-        self.entry_B: Tensor | None = None
-
-    def fitted(self) -> tuple[Tensor, Tensor | None] | None:
-        """The range it has come to."""
-        return None if self.range is None else (self.range[0] * self.r.detach().exp(), self.range[1])
-
-    def learned(self) -> Sequence[Learned]:
-        """The step, when the range is static."""
-        return [] if self.range is None or not self.lr else [(self.r, self.lr)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., K]` rounded; while training, each value only with probability `share`."""
-        x_TK = x.reshape(-1, x.shape[-1])
-        if self.range is None:
-            soft, hard = x_TK.float(), fake_quantize(x_TK.detach(), self.spec, {})
-        else:
-            zero, s = self.range[1], self.range[0] * self.r.exp()
-            if timed(self.spec):
-                assert self.entry_B is not None  # noqa: S101  the examples have it
-                entry_T = self.entry_B.to(s.device).repeat_interleave(len(x_TK) // len(self.entry_B))
-                hard = round_by_entry(x_TK.detach(), self.spec, pack_input(s, zero), entry_T)
-                s, zero = s[entry_T], None if zero is None else zero[entry_T]
-            else:
-                hard = fake_quantize(x_TK.detach(), self.spec, pack_input(s, zero))
-            at = x_TK.float() / s + (0 if zero is None else zero)
-            soft = (Clipped().round(at, *bounds(self.spec)) - (0 if zero is None else zero)) * s
-        out = exactly(soft.to(x.dtype), hard)
-        if self.training and self.share < 1:
-            kept = torch.rand(out.shape, generator=self.generator) < self.share
-            out = torch.where(kept.to(x.device), out, x_TK)
-        return out.reshape(x.shape)
 
 
 def _matrix(weight: Tensor, transposed: bool) -> Tensor:
@@ -247,8 +202,7 @@ def _faked(
             weights[name] = on
             if start[name].inputs is not None:
                 quant = inputs[name] = InputQuant(start[name], how.share, how.input_lr, generator)
-                at = module if quant.range is None else whole.get(module, module)
-                handles.append(at.register_forward_pre_hook(lambda _, args, q=quant: (q(args[0]), *args[1:])))
+                handles.append(quant.place(module, whole).register_forward_pre_hook(quant.before))
         yield weights, inputs
     finally:
         for handle in handles:
