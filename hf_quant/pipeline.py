@@ -40,7 +40,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
     started = time.perf_counter()
     _refuse_offloaded(model)
     _require_device(job.device)
-    with _apart(model):
+    with apart(model):
         plan = make_plan(model, recipe, job)
         _refuse_hooked(model, plan)
         batches: list[Batch] = []
@@ -110,7 +110,7 @@ def _require_device(device: torch.device | None) -> None:
 
 
 @contextmanager
-def _apart(model: nn.Module) -> Iterator[None]:
+def apart(model: nn.Module) -> Iterator[None]:
     """In eval mode, every matrix a layer of its own; afterwards what was not quantized is as it was.
 
     A module that stands in several places is quantized in one and then put in all of them.

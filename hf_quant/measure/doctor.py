@@ -24,6 +24,7 @@ from hf_quant.data.reading import Batch
 from hf_quant.errors import ConfigError, RunError
 from hf_quant.measure.reference_logits import identity
 from hf_quant.measure.switches import OUTLIER, Patient
+from hf_quant.pipeline import apart
 from hf_quant.plan import make_plan
 from hf_quant.recipe import Recipe
 from hf_quant.running.progress import track
@@ -146,52 +147,53 @@ def diagnose(
             f"{config.method} rewrites the model around its layers, so they cannot be switched one by one; examine "
             "with rtn or gptq, whose verdict says whether a transform is needed"
         )
-    training, model = model.training, model.eval()
-    batches = calibration.held_out(data, processor, window, tokens)
-    calibration.check_inputs(batches, model)
-    plan = make_plan(model, recipe, config.job())
-    names = [n for n, p in plan.sites.items() if isinstance(getattr(model.get_submodule(n), "weight", None), Tensor)]
-    patient = Patient(model, batches, names, recipe.inputs or inputs or act_spec(8))
-    drawn = [None] if recipe.data_free else _sets(config, processor, model, sets, samples)
-    patient.weights = patient.rounded(config, drawn[0])
-    key = {
-        "model": identity(model),
-        "config": repr(config),
-        "inputs": repr(patient.spec),
-        "data": calibration.fingerprint(batches),
-    }
-    notes = _Notes(resume, json.loads(json.dumps(key)))
-    tests: dict[str, Callable[[], Any]] = {
-        "perplexity": patient.perplexity,
-        "off": lambda: patient.kl((), ()),
-        "weights": lambda: patient.kl(names, ()),
-        "inputs": lambda: patient.kl((), names),
-        "both": lambda: patient.kl(names, names),
-        "stream": lambda: patient.stream(plan.blocks),
-        "channels": patient.channels,
-    }
-    for name in names:
-        tests[f"weights of {name}"] = partial(patient.kl, [name], ())
-        tests[f"inputs of {name}"] = partial(patient.kl, (), [name])
-    for k, part in enumerate(drawn[1:], 2):
-        tests[f"calibration set {k}"] = partial(patient.kl_of, config, part)
-    found = {
-        name: notes.of(name, test)
-        for name, test in track(tests.items(), description="examining", total=len(tests), enabled=progress)
-    }
-    alone = {n: found[f"weights of {n}"] + found[f"inputs of {n}"] for n in names}
-    worst = sorted(names, key=lambda n: -alone[n])[:WORST]
-    rest = [n for n in names if n not in worst]
-    without = notes.of("without the worst", lambda: patient.kl(rest, rest))
-    model.train(training)
-    return _conclude(
-        found,
-        names,
-        worst,
-        without,
-        plan.blocks,
-        [found["weights"], *(v for k, v in found.items() if k.startswith("calibration"))],
-    )
+    with apart(model):
+        batches = calibration.held_out(data, processor, window, tokens)
+        calibration.check_inputs(batches, model)
+        plan = make_plan(model, recipe, config.job())
+        names = [
+            n for n, p in plan.sites.items() if isinstance(getattr(model.get_submodule(n), "weight", None), Tensor)
+        ]
+        patient = Patient(model, batches, names, recipe.inputs or inputs or act_spec(8))
+        drawn = [None] if recipe.data_free else _sets(config, processor, model, sets, samples)
+        patient.weights = patient.rounded(config, drawn[0])
+        key = {
+            "model": identity(model),
+            "config": repr(config),
+            "inputs": repr(patient.spec),
+            "data": calibration.fingerprint(batches),
+        }
+        notes = _Notes(resume, json.loads(json.dumps(key)))
+        tests: dict[str, Callable[[], Any]] = {
+            "perplexity": patient.perplexity,
+            "off": lambda: patient.kl((), ()),
+            "weights": lambda: patient.kl(names, ()),
+            "inputs": lambda: patient.kl((), names),
+            "both": lambda: patient.kl(names, names),
+            "stream": lambda: patient.stream(plan.blocks),
+            "channels": patient.channels,
+        }
+        for name in names:
+            tests[f"weights of {name}"] = partial(patient.kl, [name], ())
+            tests[f"inputs of {name}"] = partial(patient.kl, (), [name])
+        for k, part in enumerate(drawn[1:], 2):
+            tests[f"calibration set {k}"] = partial(patient.kl_of, config, part)
+        found = {
+            name: notes.of(name, test)
+            for name, test in track(tests.items(), description="examining", total=len(tests), enabled=progress)
+        }
+        alone = {n: found[f"weights of {n}"] + found[f"inputs of {n}"] for n in names}
+        worst = sorted(names, key=lambda n: -alone[n])[:WORST]
+        rest = [n for n in names if n not in worst]
+        without = notes.of("without the worst", lambda: patient.kl(rest, rest))
+        return _conclude(
+            found,
+            names,
+            worst,
+            without,
+            plan.blocks,
+            [found["weights"], *(v for k, v in found.items() if k.startswith("calibration"))],
+        )
 
 
 def _sets(config: QuantConfig, processor: Any, model: nn.Module, sets: int, samples: int) -> list[list[Batch]]:  # noqa: ANN401

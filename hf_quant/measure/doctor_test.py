@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
 
 import hf_quant
 from hf_quant import QuantConfig
@@ -132,6 +132,18 @@ def test_a_vision_transformer_is_examined_from_a_file_of_its_inputs(
         model = vit.model()
         hf_quant.quantize(model, QuantConfig("gptq", bits=3, clip_steps=1), data=half, progress=False)
         assert replace(vit, test=vit.test[:32], _expected=None).distance(model)[0] == pytest.approx(kl, rel=1e-3)
+
+
+def test_convolutions_are_examined_too() -> None:
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 7}
+    model = ResNetForImageClassification(ResNetConfig(**sizes)).train()
+    pictures = [{"pixel_values": torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))}]
+    found = diagnose(model, pictures, QuantConfig("rtn", bits=3), progress=False)
+    assert len(found.sites) == 9
+    assert found.weights > found.off == 0
+    assert model.training
+    assert all(type(m) is nn.Conv2d for n, m in model.named_modules() if n.endswith("convolution"))
 
 
 def test_tokens_are_no_pictures(judges: Callable[[str], Judge]) -> None:
