@@ -14,7 +14,7 @@ demo: $(READY)  ## quantize a trained language model to 4 bits, measure it, save
 # Each worker computes in one thread: no sum depends on how many there are, and none waits for the other's cores.
 WORKERS ?= 2
 test: $(READY)  ## the test suite, in WORKERS processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 12 $(PYTEST_ARGS)
 
 # Old libraries warn about things that their later versions mended, so warnings are not errors here.
 test-lowest:  ## the test suite with the oldest versions that pyproject.toml allows

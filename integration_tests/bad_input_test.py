@@ -453,7 +453,8 @@ def test_a_damaged_config_does_not_size_a_model(saved: Path) -> None:
 # ---- the loader under fire -------------------------------------------------------------------------------------------
 
 
-def test_two_thousand_corruptions_load_the_same_model_or_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("each", [300, pytest.param(1000, marks=pytest.mark.slow)])
+def test_corruptions_load_the_same_model_or_none(tmp_path: Path, each: int) -> None:
     """Half of them in each of two processes; what kills a process is a failure too."""
     for name, seed, bits in (("model", 0, 4), ("sibling", 1, 3)):
         tiny = tiny_llama(hidden=32, layers=1, seed=seed)
@@ -463,7 +464,7 @@ def test_two_thousand_corruptions_load_the_same_model_or_none(tmp_path: Path) ->
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     runs = [
         subprocess.Popen(
-            [sys.executable, "-m", "integration_tests.loader_fuzz", tmp_path / "model", str(a), str(a + 1000)],
+            [sys.executable, "-m", "integration_tests.loader_fuzz", tmp_path / "model", str(a), str(a + each)],
             env=env,
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -483,8 +484,8 @@ def test_two_thousand_corruptions_load_the_same_model_or_none(tmp_path: Path) ->
     assert not wrong, (
         "\n".join(f"{c['case']} {c['damage']}: {c['verdict']}" for c in wrong[:20]) + f"\n{len(wrong)} in all"
     )
-    assert len(cases) == 2000
+    assert len(cases) == 2 * each
     refused = sum(c["verdict"].startswith("refused") for c in cases.values())
-    assert refused > 1700, (
-        f"only {refused} of 2000 were noticed; harmless ones, such as shards that change names, are few"
+    assert refused > 0.85 * len(cases), (
+        f"only {refused} of {len(cases)} were noticed; harmless ones, such as shards that change names, are few"
     )
