@@ -54,6 +54,18 @@ def test_quantize_on_load_save_and_load_back(dit: Path, tmp_path: Path, method: 
             assert torch.equal(a.dequantize(torch.float32), b.dequantize(torch.float32))
 
 
+def test_the_command_line_leaves_a_report_beside_a_network(dit: Path, tmp_path: Path) -> None:
+    """It has no card, and what the command prints names the report."""
+    from typer.testing import CliRunner
+
+    from hf_quant.cli.app import app
+
+    done = CliRunner().invoke(app, ["quantize", str(dit), str(tmp_path / "out"), "-m", "rtn", "-b", "4", "-g", "32"])
+    assert done.exit_code == 0, done.output
+    assert {"report.json", "report.html"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert packed(DiTTransformer2DModel.from_pretrained(tmp_path / "out")) > 0
+
+
 def test_dequantized_models_save_as_plain_ones(dit: Path, tmp_path: Path) -> None:
     model = DiTTransformer2DModel.from_pretrained(dit, quantization_config=QuantConfig("rtn", bits=8, group_size=32))
     before = output(model)

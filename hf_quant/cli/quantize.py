@@ -96,6 +96,7 @@ def _quantize(
     data: Path | None,
 ) -> "Report":
     from hf_quant.loading import load_model
+    from hf_quant.pages.report_html import write
 
     quantized: Any = load_model(model, config, dtype=dtype)
     quantizer = quantized.hf_quantizer
@@ -108,6 +109,9 @@ def _quantize(
     elif processor is not None:
         processor.save_pretrained(work.model)
     report: Report = quantizer.report
+    if not (work.model / "report.html").exists():  # a network of diffusers is saved without a card
+        report.save(work.model / "report.json")
+        write(report, work.model / "report.html")
     return report
 
 
