@@ -194,6 +194,12 @@ def test_divergence_is_told() -> None:
         hf_quant.finetune(model, config, tokens(), progress=False)
 
 
+def test_divergence_in_the_last_step_is_told() -> None:
+    config = QuantConfig("qlora", bits=4, group_size=32, steps=1, lr=1e30)
+    with pytest.raises(RunError, match="diverged in its last step"):
+        hf_quant.finetune(llama(), config, tokens(), progress=False)
+
+
 def test_a_resumed_training_reports_the_whole(tmp_path: Path) -> None:
     given = {"bits": 3, "group_size": 32, "rank": 2, "steps": 4, "run_dir": tmp_path}
     whole = hf_quant.finetune(llama(), QuantConfig("lr-qat", **given), tokens(), progress=False)
@@ -266,6 +272,17 @@ def test_the_teacher_is_in_full_precision() -> None:
         said, right = (m(tokens()).logits.log_softmax(-1) for m in (model, llama()))
     assert training["first_loss"] == pytest.approx(float((right.exp() * (right - said)).sum(-1).mean()), rel=0.05)
     assert training["logit_difference"] < 1e-4 * training["logits"]
+
+
+def test_float16_learns_what_float32_does() -> None:
+    """Its smallest number is above nearly all gradients of so small a loss."""
+    ups = []
+    for dtype in (torch.float32, torch.float16):
+        model = llama().half().to(dtype)
+        config = QuantConfig("qlora", bits=8, group_size=32, rank=2, steps=1)
+        hf_quant.finetune(model, config, tokens(), progress=False)
+        ups.append(model.get_submodule("model.layers.1.mlp.down_proj").low_rank(torch.float32)[1])
+    assert float((ups[0].sign() == ups[1].sign()).float().mean()) > 0.9
 
 
 def test_one_step_is_one() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_quant.qtensor import QTensor
 from hf_quant.stages.fakequant import FakeQuant, Learned
 from hf_quant.stages.input_quant import InputQuant
 
@@ -41,3 +42,8 @@ class Student(nn.Module):
         rounded: Tensor = checkpoint(self.fake, W_NK, use_reentrant=False) if again else self.fake(W_NK)
         W_NK = rounded.to(weight.dtype)
         return W_NK.T if self.transposed else W_NK
+
+    def export(self, module: nn.Module) -> QTensor:
+        """The codes of the weight of the layer that it parametrizes."""
+        weight: Tensor = module.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+        return self.fake.export(weight.T if self.transposed else weight)

@@ -28,6 +28,7 @@ from hf_quant.learning.checkpoints import WholeCheckpoints
 from hf_quant.learning.evaluated import as_evaluated, recompute_as_evaluated
 from hf_quant.learning.kept import Offset, offsets, settled
 from hf_quant.learning.rows import ENTRY, collate, counted, rows_of, size_of, targets_of
+from hf_quant.learning.scaled import ScaledGradients
 from hf_quant.learning.shards import as_shared, gathered, mine, whole
 from hf_quant.learning.student import Student
 from hf_quant.learning.tuning import floating
@@ -92,9 +93,11 @@ def train(
         probe = collate(rows[:1])
         with torch.no_grad():
             said = (probe, answer(trainer.run_model(tree.eval(), trainer._prepare_inputs(dict(probe)))))
+            if bool(said[1].isnan().any()):
+                raise RunError("training diverged in its last step: give a smaller learning rate (lr=...)")
             for name, student in students.items():
                 with gathered(modules[name]):
-                    weights[name] = student.fake.export(_original(modules[name], student))
+                    weights[name] = student.export(modules[name])
                     if (branch := student.fake.branch()) is not None:
                         branches[name] = branch
                     if student.inputs and (found := student.inputs.fitted()) is not None:
@@ -114,12 +117,7 @@ def train(
     return Trained(weights, measured, branches, ranges, said, kept)
 
 
-def _original(module: nn.Module, student: Student) -> Tensor:
-    weight: Tensor = module.parametrizations.weight.original  # type: ignore[union-attr, assignment]
-    return weight.T if student.transposed else weight
-
-
-class _Trainer(WholeCheckpoints):
+class _Trainer(ScaledGradients, WholeCheckpoints):
     """transformers' Trainer with our loss, our parameter groups, and checkpoints of what is learned alone."""
 
     def __init__(
@@ -222,6 +220,7 @@ class _Trainer(WholeCheckpoints):
             penalty = student.fake.anneal(progress)
             if penalty is not None:
                 loss = loss + penalty
+        loss = loss * self.scale
         return (loss, out) if return_outputs else loss
 
     def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> Any:  # noqa: ANN401
