@@ -116,7 +116,7 @@ class NativeKernel(ABC):
 
     def fuses(self, layer: Layer) -> frozenset[str]:
         """See `Fusing.fuses`: where tokens become integers, each with the range of its timestep."""
-        return frozenset({"entry_T"}) if integer_tokens(layer.inputs) else frozenset()
+        return frozenset({"entry_T"}) if self.kind(layer).startswith("integers") else frozenset()
 
     def fused(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer, around: Around) -> Tensor:
         """See `Fusing.fused`."""

@@ -6,20 +6,29 @@ import pytest
 import torch
 
 from hf_quant.formats import Layer, format_for
+from hf_quant.grids import LevelGrid
 from hf_quant.kernels._cpu import native
+from hf_quant.kernels.bnb_4bit.format import NF4
 from hf_quant.qtensor import as_blocks, from_extremes, nearest
 from hf_quant.runtime.clock import Clock
 from hf_quant.runtime.linear import QuantLinear
-from hf_quant.spec import act_spec, int_spec
+from hf_quant.spec import Spec, act_spec, int_spec
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no native product: {native.why_not()}")
 N, K = 40, 96
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("weights", [int_spec(4, 32), int_spec(8, -1, symmetric=True)])
-def test_it_is_what_rounding_before_the_product_gives(weights, symmetric: bool) -> None:
-    """Other timesteps for each sample included, and the gradient to the input."""
+@pytest.mark.parametrize(
+    ("weights", "fused"),
+    [
+        (int_spec(4, 32), {"entry_T"}),
+        (int_spec(8, -1, symmetric=True), {"entry_T"}),
+        (Spec(grid=LevelGrid(NF4), block=(1, 32)), set()),
+    ],
+)
+def test_it_is_what_rounding_before_the_product_gives(weights: Spec, fused: set[str], symmetric: bool) -> None:
+    """Other timesteps for each sample included, and the gradient to the input. Tables are multiplied by floats."""
     torch.manual_seed(0)
     W_NK, x = torch.randn(N, K), torch.randn(2, 5, K)
     blocks = as_blocks(W_NK, weights)
@@ -30,7 +39,7 @@ def test_it_is_what_rounding_before_the_product_gives(weights, symmetric: bool) 
     layer = QuantLinear.from_qtensor(q, fmt, inputs=inputs, input_range=ranges)
     layer.clock = Clock((0, 10, 20))
     assert layer.kernel == "native-cpu"
-    assert layer.fused == {"entry_T"}
+    assert layer.fused == fused
     found = []
     for steps in ([0, 0], [19, 1], [11]):
         layer.clock.set_to(torch.tensor(steps))
