@@ -173,6 +173,8 @@ def finetune(
         )
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"finetune takes a QuantConfig, not {type(config).__name__}")
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"finetune takes a model in memory, not {type(model).__name__}; load it first")
     if getattr(model, "is_quantized", False):
         raise UnsupportedModel(
             "the model is quantized already: train an adapter on it with PEFT (hf_quant.prepare_for_training), or "

@@ -49,6 +49,11 @@ def output_folder(given: Path) -> Iterator[Workplace]:
     Raises:
         RunError: the output is there and not empty, cannot be written, the disk is full, or another run writes to it.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            "a command is one process, and this is one of several: have torchrun or accelerate launch a script that "
+            "calls hf_quant.quantize or hf_quant.finetune"
+        )
     out = Path(os.path.abspath(given.expanduser()))
     partial = out.with_name(out.name + ".partial")
     try:

@@ -100,6 +100,14 @@ def test_two_runs_at_once_refuse(tmp_path: Path) -> None:
         write(work)
 
 
+def test_one_of_several_processes_is_told_what_to_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would find the folder taken by another."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="launch a script that calls"), output_folder(tmp_path / "out"):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("text", ["[Errno 28] No space left on device", "File too large (os error 27)"])
 def test_a_full_disk_is_said_to_be_full(tmp_path: Path, text: str) -> None:
     with pytest.raises(RunError, match=r"the disk is full.*the same command"), output_folder(tmp_path / "out"):

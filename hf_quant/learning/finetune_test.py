@@ -18,6 +18,7 @@ from transformers import (
     OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    TrainingArguments,
 )
 from typer.testing import CliRunner
 
@@ -56,6 +57,8 @@ def test_only_methods_that_train(tmp_path: Path) -> None:
     assert report.training["logit_difference"] < 1e-4 * report.training["logits"]
     with pytest.raises(UnsupportedModel, match="train an adapter on it"):
         hf_quant.finetune(model, QuantConfig("lr-qat"), tokens())
+    with pytest.raises(UnsupportedModel, match="takes a model in memory, not str"):
+        hf_quant.finetune("a/path", QuantConfig("lr-qat"), tokens())
 
 
 def test_what_the_loop_cannot_train_is_refused_before_work() -> None:
@@ -283,6 +286,19 @@ def test_float16_learns_what_float32_does() -> None:
         hf_quant.finetune(model, config, tokens(), progress=False)
         ups.append(model.get_submodule("model.layers.1.mlp.down_proj").low_rank(torch.float32)[1])
     assert float((ups[0].sign() == ups[1].sign()).float().mean()) > 0.9
+
+
+def test_a_process_trains_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are several GPUs the Trainer would take a batch for each."""
+    prepare = TrainingArguments.__post_init__
+
+    def several(self: TrainingArguments) -> None:
+        prepare(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", several)
+    config = QuantConfig("qlora", bits=4, group_size=32, rank=2, steps=2, batch_size=2)
+    assert hf_quant.finetune(llama(), config, tokens(), progress=False).training["tokens"] == 2 * 2 * 32
 
 
 def test_one_step_is_one() -> None:

@@ -153,6 +153,7 @@ class _Trainer(ScaledGradients, WholeCheckpoints):
             remove_unused_columns=False,
             ddp_broadcast_buffers=False,  # frozen weights are among them, and alike everywhere
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one: DataParallel would copy what is learned
         super().__init__(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[_Steps(self)])
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
