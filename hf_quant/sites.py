@@ -96,13 +96,16 @@ def outputs_of(module: nn.Module) -> int:
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Paths of the repeated blocks: children of every outermost ModuleList whose members all hold a linear."""
+    """Paths of the repeated blocks: children of every outermost ModuleList whose members all hold a linear.
+
+    Bare linear layers in a list (the layers of a detector's MLP, which may run once for every decoder layer) are none.
+    """
     blocks: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(b + ".") for b in blocks)
         if not isinstance(module, nn.ModuleList) or inside:
             continue
-        if len(module) and all(any(linear_shape(m) for m in child.modules()) for child in module):
+        if len(module) and all(any(linear_shape(m) for m in child.modules() if m is not child) for child in module):
             blocks += [f"{name}.{i}" for i in range(len(module))]
     return blocks
 

@@ -1,9 +1,12 @@
 from fnmatch import fnmatchcase
 
 import pytest
+import torch
 from torch import nn
 
-from hf_quant.sites import covering, kept_reason, linear_shape
+import hf_quant
+from hf_quant import QuantConfig
+from hf_quant.sites import covering, find_blocks, kept_reason, linear_shape
 
 NAMES = ["a.0.x", "a.0.y", "a.1.x", "a.1.y", "a.10.x", "b"]
 
@@ -52,3 +55,32 @@ def test_only_what_multiplies_like_a_linear_layer_is_one():
     assert linear_shape(nn.Linear(3, 5)) == linear_shape(FalconLinear(3, 5)) == ("linear", (5, 3))
     assert linear_shape(Other(3, 5)) is None
     assert linear_shape(nn.LayerNorm(3)) is None
+
+
+class Shared(nn.Module):
+    """An MLP that refines what two blocks make: its layers run once for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(2))
+        self.layers = nn.ModuleList([nn.Linear(32, 64), nn.Linear(64, 32)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            for layer in self.layers:
+                x = layer(x)
+        return (x,)
+
+
+def test_bare_layers_in_a_list_are_no_blocks_and_may_run_again():
+    model = Shared()
+    assert find_blocks(model) == ["blocks.0", "blocks.1"]
+    data = [{"x": torch.randn(16, 32, generator=torch.Generator().manual_seed(0))}]
+    report = hf_quant.quantize(model, QuantConfig("gptq", group_size=32), data=data, progress=False)
+    assert [e.name for e in report.quantized if e.error_of == "output"] == [
+        "blocks.0.0.weight",
+        "blocks.1.0.weight",
+        "layers.0.weight",
+        "layers.1.weight",
+    ]
