@@ -127,3 +127,22 @@ def test_texts_are_read_by_the_tokenizer_beside_the_model(tiny_lm_path: Path) ->
     model = LlamaForCausalLM.from_pretrained(tiny_lm_path)
     with pytest.raises(CalibrationError, match="too short: 4 tokens"):
         hf_quant.quantize(model, QuantConfig("gptq"), data=["a list of numbers"])
+
+
+def test_what_an_interrupted_run_left_is_not_quantized_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of it would be, at other bits perhaps, and the report would know of the rest alone."""
+    model, blocks = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)), []
+
+    def stop(*_: object) -> None:
+        blocks.append(1)
+        if len(blocks) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_quant.running.run_dir.RunDir.save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hf_quant.quantize(model, QuantConfig("rtn", bits=4, group_size=16), progress=False)
+    for call in (hf_quant.quantize, hf_quant.finetune):
+        with pytest.raises(
+            UnsupportedModel, match=r"q_proj is quantized already.*interrupted.*Load the original again"
+        ):
+            call(model, QuantConfig("lsq", bits=3, group_size=16, steps=1), data=torch.arange(16).reshape(2, 8))

@@ -101,8 +101,8 @@ def quantize_pipeline(
         raise ConfigError(f"pictures={pictures}: 0 or more")
     can_draw = _can_draw(pipeline, drawing, any(_draws(own) for own in configs.values()))
     for name in configs:
-        refuse_wrapped(getattr(pipeline, name))
         refuse_quantized(getattr(pipeline, name))
+        refuse_wrapped(getattr(pipeline, name))
     _refuse_unseen(pipeline, [n for n, own in configs.items() if _draws(own)], drawing)
     before = _pictures(pipeline, drawing, pictures) if can_draw else None
     reports = {}

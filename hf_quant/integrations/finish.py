@@ -14,6 +14,7 @@ from hf_quant.finite import require_finite
 from hf_quant.method import method_named
 from hf_quant.recipe import Job
 from hf_quant.report import Report
+from hf_quant.runtime.packed import Packed
 
 
 def quantizer_of(model: nn.Module, config: QuantConfig) -> Any:  # noqa: ANN401  two unrelated base classes
@@ -52,6 +53,12 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise UnsupportedModel(
             "the model is offloaded or cast layer by layer (enable_group_offload, enable_layerwise_casting), so its "
             "weights are not there to be read: quantize it first, then turn that on"
+        )
+    packed = next((name for name, m in model.named_modules() if isinstance(m, Packed)), None)
+    if packed is not None:
+        raise UnsupportedModel(
+            f"{packed} is quantized already, and the model is not: a run on it was interrupted, or it was put in by "
+            "hand. Load the original again; with a run_dir the run goes on where it was"
         )
     adapted = next((name for name, m in model.named_modules() if hasattr(m, "base_layer")), None)
     if adapted is not None:
