@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from hf_quant.data.reading import (
     to_rows,
     tokenize,
 )
-from hf_quant.data.samples import as_batches, is_sample
+from hf_quant.data.samples import as_batches, is_sample, without_padding
 from hf_quant.diffusion.denoising import Denoising
 from hf_quant.errors import CalibrationError
 
@@ -121,17 +121,18 @@ def model_inputs(
     batch_size: int,
     model: nn.Module | None = None,
 ) -> list[Batch]:
-    """Micro-batches for a model's forward: dicts of tensors pass through as they are, all else becomes token windows.
+    """Micro-batches for a model's forward: dicts of tensors pass through, all else becomes token windows.
 
-    Of a dataset's rows, all that the model takes is kept (ids, labels, a mask, ...), see `samples.as_batches`.
+    Of a dataset's rows, all that the model takes is kept (ids, labels, a mask, ...), see `samples.as_batches`. Of
+    dicts of tensors, padding is cut off, see `samples.without_padding`.
 
     Raises:
         CalibrationError: see `token_windows`.
     """
     handle = data if isinstance(data, Calibration) else None
-    takes = None if model is None else signature(model.forward).parameters
-    rows = None if takes is None else lambda items: as_batches(islice(items, samples), takes, length, batch_size)
-    batches, source = _as_they_are(handle.data if handle else data, rows)
+    takes = _taken_by(model)
+    rows = None if model is None else lambda items: as_batches(islice(items, samples), takes, length, batch_size)
+    batches, source = _as_they_are(handle.data if handle else data, takes, rows)
     if batches is not None:
         if handle:
             handle._used = fingerprint(batches)
@@ -142,22 +143,29 @@ def model_inputs(
     return [{"input_ids": ids[i : i + batch_size]} for i in range(0, len(ids), batch_size)]
 
 
-def held_out(data: Data, processor: Processor, window: int, tokens: int, batch_size: int = 4) -> list[Batch]:
-    """What to measure on: dicts of tensors pass through as they are, all else becomes windows spread over the data.
+def held_out(
+    data: Data, processor: Processor, window: int, tokens: int, batch_size: int = 4, model: nn.Module | None = None
+) -> list[Batch]:
+    """What to measure on: dicts of tensors pass through, without padding, else windows spread over the data.
 
     Raises:
         CalibrationError: see `spread_windows`.
     """
     handle = data if isinstance(data, Calibration) else None
-    batches, source = _as_they_are(handle.data if handle else data)
+    batches, source = _as_they_are(handle.data if handle else data, _taken_by(model))
     if batches is not None:
         return batches
     ids = spread_windows(source, processor or (handle and handle.processor), window, tokens)
     return [{"input_ids": part} for part in ids.split(batch_size)]
 
 
+def _taken_by(model: nn.Module | None) -> Collection[str]:
+    """Names of what a model's forward takes."""
+    return () if model is None else signature(model.forward).parameters
+
+
 def _as_they_are(
-    data: Data, rows: Callable[[Iterator[Item]], list[Batch]] | None = None
+    data: Data, takes: Collection[str], rows: Callable[[Iterator[Item]], list[Batch]] | None = None
 ) -> tuple[list[Batch] | None, Tensor | Iterator[Item]]:
     """Dicts of tensors when the data is that, or what `rows` makes of samples, and whatever it is otherwise."""
     source = open_data(data)
@@ -168,7 +176,9 @@ def _as_they_are(
     if rows is not None and head and is_sample(head[0]):
         return rows(source), source
     first, source = peek(source)
-    return [as_batch(b, i) for i, b in enumerate(source)] if is_batch(first) else None, source
+    if not is_batch(first):
+        return None, source
+    return without_padding([as_batch(b, i) for i, b in enumerate(source)], takes), source
 
 
 def token_windows(data: Data, processor: Processor, samples: int, length: int, seed: int) -> Tensor:

@@ -123,7 +123,7 @@ def _field(item: Item) -> Item:
     if not isinstance(item, Mapping) or is_batch(item):
         return item
     if "input_ids" in item and "attention_mask" in item:
-        return item["input_ids"][unmasked(item["attention_mask"])]
+        return item["input_ids"][slice(*unmasked(item["attention_mask"]))]
     for column in ("input_ids", "text"):
         if column in item:
             return item[column]
@@ -132,10 +132,10 @@ def _field(item: Item) -> Item:
     )
 
 
-def unmasked(mask: Any) -> slice:  # noqa: ANN401  an array or a list
-    """What lies between the padding at either end of a row."""
+def unmasked(mask: Any) -> tuple[int, int]:  # noqa: ANN401  an array or a list
+    """Where that begins and ends which lies between the padding at either end of a row; (0, 0): nothing does."""
     there = np.flatnonzero(np.asarray(mask))
-    return slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0)
+    return (int(there[0]), int(there[-1]) + 1) if len(there) else (0, 0)
 
 
 def is_batch(item: Item) -> bool:

@@ -148,7 +148,7 @@ def diagnose(
             "with rtn or gptq, whose verdict says whether a transform is needed"
         )
     with apart(model):
-        batches = calibration.held_out(data, processor, window, tokens)
+        batches = calibration.held_out(data, processor, window, tokens, model=model)
         calibration.check_inputs(batches, model)
         plan = make_plan(model, recipe, config.job())
         names = [

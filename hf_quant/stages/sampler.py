@@ -89,8 +89,8 @@ class TextSampler:
 
     Ids are taken as they are (first `samples` rows, cut to `length`). Texts are tokenized, joined by the end-of-text
     token and cut into windows, of which `samples` are drawn with the seed. No window is longer than the model takes.
-    A list of dicts of tensors (images, or ids with a mask) passes through unchanged, each dict one micro-batch; rows of
-    a dataset keep their labels and masks.
+    A list of dicts of tensors (images, or ids with a mask) passes through, each dict one micro-batch, or several where
+    it holds padding, which is cut off; rows of a dataset keep their labels and masks.
     """
 
     samples: int = 128
