@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from hf_quant.config import QuantConfig
+from hf_quant.config import QuantConfig, require_config
 from hf_quant.diffusion.drawing import Drawing
 from hf_quant.diffusion.foreseen import with_features
 from hf_quant.diffusion.pipelines import configs_of, is_pipeline, quantize_pipeline
@@ -87,8 +87,7 @@ def quantize(
             guidance=guidance, class_labels=class_labels, prompts=prompts, arguments=dict(arguments or {})
         )
         return quantize_pipeline(model, config, drawing, steps=steps, pictures=pictures, progress=progress)
-    if not isinstance(config, QuantConfig):
-        raise ConfigError(f"quantize takes a QuantConfig, not {type(config).__name__}")
+    config = require_config(config, "quantize")
     refuse_quantized(model)
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"quantize takes a model in memory, not {type(model).__name__}; load it first")
@@ -171,8 +170,7 @@ def finetune(
             progress=progress,
             run=lambda how, m, job: how.finetune(m, job),
         )
-    if not isinstance(config, QuantConfig):
-        raise ConfigError(f"finetune takes a QuantConfig, not {type(config).__name__}")
+    config = require_config(config, "finetune")
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"finetune takes a model in memory, not {type(model).__name__}; load it first")
     if getattr(model, "is_quantized", False):
@@ -236,8 +234,7 @@ def estimate(model: str | Path | nn.Module, config: QuantConfig) -> dict[str, An
         UnsupportedSpec: a layer cannot be held, or the budget cannot be met (says what can).
         UnsupportedModel: it is quantized already.
     """
-    if not isinstance(config, QuantConfig):
-        raise ConfigError(f"estimate takes a QuantConfig, not {type(config).__name__}")
+    config = require_config(config, "estimate")
     if isinstance(model, nn.Module):
         refuse_quantized(model)
         whole = _twin(model)

@@ -228,6 +228,18 @@ def _globs(name: str, given: Any) -> tuple[str, ...]:  # noqa: ANN401  as it was
     return tuple(globs)
 
 
+def require_config(config: object, caller: str) -> QuantConfig:
+    """The config, as what `caller` takes.
+
+    Raises:
+        ConfigError: it is none; the name of a method gets a config's parentheses in the message.
+    """
+    if not isinstance(config, QuantConfig):
+        meant = f": write QuantConfig({config!r})" if isinstance(config, str) else ""
+        raise ConfigError(f"{caller} takes a QuantConfig, not {type(config).__name__}{meant}")
+    return config
+
+
 def _overrides(given: Any) -> dict[str, dict[str, Any] | None]:  # noqa: ANN401  as it was given
     given = {} if given is None else given
     if not isinstance(given, Mapping) or any(not isinstance(v, Mapping | None) for v in given.values()):

@@ -221,3 +221,9 @@ def test_an_adapter_cannot_begin_so(tmp_path: Path) -> None:
         hf_quant.initialize_adapter(model, float_llama(), QuantConfig("rtn"))
     with pytest.raises(UnsupportedModel, match="it is another model"):
         hf_quant.initialize_adapter(model, nn.Linear(2, 2), QuantConfig("lorc"))
+    with pytest.raises(
+        ConfigError, match=r"initialize_adapter takes a QuantConfig, not str: write QuantConfig\('lorc'\)"
+    ):
+        hf_quant.initialize_adapter(model, float_llama(), "lorc")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModel, match="a model in memory, not str; load it first"):
+        hf_quant.initialize_adapter(model, "an/original", QuantConfig("lorc"))  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.config import QuantConfig
+from hf_quant.config import QuantConfig, require_config
 from hf_quant.errors import ConfigError, UnsupportedModel
 from hf_quant.integrations.merging import input_statistics, tuned_layers
 from hf_quant.recipe import Recipe
@@ -43,13 +43,15 @@ def initialize_adapter(
         Layer -> the share of `||W - Q||^2` that is left.
 
     Raises:
-        ConfigError: the method has no low-rank repair.
+        ConfigError: no config, or the method has no low-rank repair.
         UnsupportedModel: no such LoRA adapter on a quantized layer, or the original has other layers.
     """
-    recipe = config.quantizer()
+    recipe = require_config(config, "initialize_adapter").quantizer()
     repair: Any = recipe.repairs[0] if isinstance(recipe, Recipe) and len(recipe.repairs) == 1 else None
     if not hasattr(repair, "rank"):
         raise ConfigError(f"method {config.method!r} has no low-rank repair; use lorc, lqer or qera")
+    if not isinstance(original, nn.Module):
+        raise UnsupportedModel(f"the original is a model in memory, not {type(original).__name__}; load it first")
     repair = replace(repair, bits=16)  # an adapter of PEFT has its own type
     layers = {n: m for n, m in tuned_layers(model) if adapter in getattr(m, "lora_A", {})}
     if not layers:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.config import QuantConfig
+from hf_quant.config import QuantConfig, require_config
 from hf_quant.data import calibration
 from hf_quant.data.reading import Batch
 from hf_quant.errors import ConfigError, RunError
@@ -141,7 +141,7 @@ def diagnose(
         CalibrationError: unusable data.
         RunError: `resume` belongs to another examination.
     """
-    recipe = config.quantizer()
+    recipe = require_config(config, "diagnose").quantizer()
     if not isinstance(recipe, Recipe) or recipe.transforms:
         raise ConfigError(
             f"{config.method} rewrites the model around its layers, so they cannot be switched one by one; examine "
