@@ -76,14 +76,14 @@ def measured(name: str, given: argparse.Namespace) -> list[dict]:
             if offers(peer, setting):
                 try:
                     networks[setting, peer] = backbone(quantized(peer, setting, MODELS / name))
-                except Exception as error:
+                except Exception as error:  # whatever a peer does not offer here: the others are timed all the same
                     print(f"{name}, {peer}, {setting}: {type(error).__name__}: {str(error).splitlines()[0]}")
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in networks}
     for turn in range(given.repeats + 2):
         for key, network in list(networks.items()):
             try:
                 seconds = step(network, given.images)
-            except Exception as error:
+            except Exception as error:  # whatever a peer's own kernels find wrong when they first run
                 print(f"{name}, {key}: {type(error).__name__}: {str(error).splitlines()[0]}")
                 del networks[key]
                 continue

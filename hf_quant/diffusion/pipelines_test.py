@@ -160,6 +160,8 @@ def test_a_pipeline_that_was_loaded_keeps_its_card(tmp_path: Path) -> None:
     hf_quant.dequantize(again)
     again.save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain" / "README.md").exists()
+    again.save_pretrained(second)  # in the place of the quantized one, of which nothing is told any more
+    assert not [path.name for path in second.iterdir() if path.suffix in (".md", ".png") or "report" in path.name]
 
 
 def test_the_card_names_the_type_that_loading_has_to_name(tmp_path: Path) -> None:

@@ -29,20 +29,25 @@ def reports_of(pipeline: Any) -> dict[str, Report | None]:  # noqa: ANN401
 
 
 def write_beside(pipeline: Any, folder: Path, repo: str | None = None) -> None:  # noqa: ANN401
-    """Card, pictures and reports into the folder of a saved pipeline, unless a person wrote the card there."""
-    from hf_quant.integrations.saving import by_a_person
+    """Card, pictures and reports into the folder of a saved pipeline, unless a person wrote the card there.
+
+    They go where a pipeline without components of ours took the place of one with them.
+    """
+    from hf_quant.integrations.saving import by_a_person, withdraw
     from hf_quant.pages.card import is_hub_id
     from hf_quant.pages.pipeline_card import write
 
-    reports, source = reports_of(pipeline), Path(str(pipeline.config.get("_name_or_path") or ""))
+    reports, base = reports_of(pipeline), str(pipeline.config.get("_name_or_path") or "")
+    if not reports:
+        withdraw(folder)
     if not reports or by_a_person(folder / "README.md"):
         return
+    source = Path(base)
     saved = {name: _read(source / f"report-{name}.json") for name in reports}
     if all(report in (None, saved[name]) for name, report in reports.items()):
         _carry_over(source, folder, repo or folder.name, reports)
         return
     known = {name: report for name in reports if (report := reports[name] or saved[name]) is not None}
-    base = str(pipeline.config.get("_name_or_path") or "")
     base_model = base if is_hub_id(base) else None
     pictures = getattr(pipeline, "hf_quant_pictures", None)
     write(folder, type(pipeline).__name__, known, pictures, repo or folder.name, base_model, pipeline.dtype)

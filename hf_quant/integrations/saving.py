@@ -17,8 +17,10 @@ from transformers.utils import extract_commit_hash
 
 from hf_quant.checkpoint import describe, packed_modules
 from hf_quant.config import QuantConfig
-from hf_quant.errors import HfQuantError
-from hf_quant.pages.card import save_card
+from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.loading import OURS, quantized_by
+from hf_quant.pages.card import ALLOCATION, PLOT, save_card
+from hf_quant.pages.pipeline_card import GRID
 from hf_quant.report import Report
 
 # A card without one of these was written by a person and is left alone.
@@ -66,9 +68,16 @@ def _report_on_hub(repo: str, files: Sequence[str]) -> Report | None:
 
 
 def write_beside(model: Any, folder: Path, repo: str | None = None) -> None:  # noqa: ANN401
-    """Card, report.json and report.html into the folder of a saved model, unless a person wrote the card there."""
-    report, readme = report_of(model), folder / "README.md"
-    if report is None or not (folder / "config.json").is_file():
+    """Card, report.json and report.html into the folder of a saved model, unless a person wrote the card there.
+
+    They go where a model that is not ours took the place of one.
+    """
+    report, readme, config = report_of(model), folder / "README.md", folder / "config.json"
+    if not config.is_file():
+        return
+    if quantized_by(json.loads(config.read_text(encoding="utf-8"))) != OURS:
+        withdraw(folder)
+    if report is None:
         return
     if by_a_person(readme):
         report.save(folder / "report.json")
@@ -79,6 +88,26 @@ def write_beside(model: Any, folder: Path, repo: str | None = None) -> None:  # 
         written = ModelCard.load(readme)
         written.data.tags = list(dict.fromkeys([*(written.data.tags or []), *given]))
         written.save(readme)
+
+
+def withdraw(folder: Path) -> None:
+    """Delete what was written beside a quantized model that is no longer there. A card that a person wrote stays."""
+    gone = [path for path in folder.glob("report*.json") if _is_report(path)]
+    if gone:
+        gone.append(folder / "report.html")
+    readme = folder / "README.md"
+    if readme.is_file() and MARKS[0] in readme.read_text(encoding="utf-8", errors="replace"):
+        gone += [readme, *(folder / name for name in (PLOT, ALLOCATION, GRID))]
+    for path in gone:
+        path.unlink(missing_ok=True)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        Report.load(path)
+    except CheckpointError:  # somebody else's
+        return False
+    return True
 
 
 def by_a_person(readme: Path) -> bool:
