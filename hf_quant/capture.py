@@ -177,15 +177,8 @@ def record(
             handles.append(block.register_forward_pre_hook(partial(one.before, name), with_kwargs=True))
             handles.append(block.register_forward_hook(partial(one.after, name)))
         try:
-            with watching(model, sites, see):
+            with watching(model, sites, see), running(model, batch, f"calibration batch {index}"):
                 run_model(model, batch, device)
-        except (HfQuantError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a model says of inputs that it does not take
-            given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
-            raise CalibrationError(
-                f"{type(model).__name__} cannot run on calibration batch {index} ({given}): {error}"
-            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -198,6 +191,18 @@ def record(
         recording.calls.append(one.calls)
         recording.starts.append(one.starts)
     return recording
+
+
+@contextmanager
+def running(model: nn.Module, batch: Batch, called: str) -> Iterator[None]:
+    """What a model says of inputs that it does not take is a `CalibrationError`, which names what it was given."""
+    try:
+        yield
+    except (HfQuantError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: a missing argument is often an AttributeError of None
+        given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
+        raise CalibrationError(f"{type(model).__name__} cannot run on {called} ({given}): {error}") from error
 
 
 def run_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:  # noqa: ANN401

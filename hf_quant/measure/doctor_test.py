@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
+from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, ResNetConfig, ResNetForImageClassification
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.errors import CalibrationError, ConfigError, RunError
+from hf_quant.errors import CalibrationError, ConfigError, RunError, UnsupportedModel
 from hf_quant.measure.doctor import Diagnosis, diagnose
 from hf_quant.measure.switches import Patient
 from hf_quant.spec import act_spec
@@ -149,6 +149,18 @@ def test_convolutions_are_examined_too() -> None:
 def test_tokens_are_no_pictures(judges: Callable[[str], Judge]) -> None:
     with pytest.raises(CalibrationError, match=r"ViTForImageClassification takes pixel_values .* input_ids"):
         examine(judges("digits-vit").model())
+
+
+def test_a_model_that_wants_more_than_the_data_gives_is_told_what_it_was_given() -> None:
+    parts = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    words, pictures = {**parts, "vocab_size": 96}, {**parts, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=words, vision_config=pictures, projection_dim=32)).eval()
+    half = [{"pixel_values": torch.randn(2, 3, 16, 16)}]
+    with pytest.raises(CalibrationError, match=r"CLIPModel cannot run on a batch of the data \(pixel_values \[2, 3, "):
+        diagnose(model, half, QuantConfig("rtn", group_size=32), progress=False)
+    whole = [{**half[0], "input_ids": torch.randint(3, 90, (2, 5))}]
+    with pytest.raises(UnsupportedModel, match="CLIPModel gives no logits"):
+        diagnose(model, whole, QuantConfig("rtn", group_size=32), progress=False)
 
 
 def test_methods_that_rewrite_the_model_are_refused(tiny_lm_path: Path) -> None:

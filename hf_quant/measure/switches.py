@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hf_quant
+from hf_quant.capture import run_model, running
 from hf_quant.config import QuantConfig
 from hf_quant.data.reading import Batch
 from hf_quant.errors import UnsupportedModel
@@ -43,8 +44,14 @@ class Patient:
     _logits: Tensor | None = None
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits, `[B, S, V]` of tokens or `[B, V]` of classes."""
-        logits = getattr(self.model(**{n: t.to(device_of(self.model)) for n, t in batch.items()}), "logits", None)
+        """Logits, `[B, S, V]` of tokens or `[B, V]` of classes.
+
+        Raises:
+            CalibrationError: the model does not take the batch.
+            UnsupportedModel: it has no logits.
+        """
+        with running(self.model, batch, "a batch of the data"):
+            logits = getattr(run_model(self.model, batch, device_of(self.model)), "logits", None)
         if not isinstance(logits, Tensor):
             raise UnsupportedModel(f"{type(self.model).__name__} gives no logits: only what predicts can be examined")
         return logits
