@@ -43,7 +43,8 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # an untyped 
         allow: globs of parameters that may stay unsupported, or be rounded to nearest when no calibration token
             reaches them. Anything not named stops the run.
         seed: of everything drawn at random.
-        device: where one block at a time is computed while quantizing; None: where the model is. Not saved.
+        device: where one block at a time, or one weight without data, is computed while quantizing; None: where the
+            model is. Not saved.
         run_dir: finished blocks are kept here, so a killed run resumes. Not saved.
         arguments: the method's own arguments, as in its signature.
 

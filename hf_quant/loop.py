@@ -33,7 +33,7 @@ from hf_quant.running.memo import Memo
 from hf_quant.running.progress import track
 from hf_quant.running.run_dir import RunDir
 from hf_quant.sites import SiteGroup, covering
-from hf_quant.solve import Solved, Split, solve
+from hf_quant.solve import Solved, Split, solve_on
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.tuner import Tuner, Unit
 from hf_quant.stats import Stat, State
@@ -216,7 +216,7 @@ class Loop:
         if missed and not excused(plan, self.job):
             raise CalibrationError(unreached([site.name]))
         module = self.model.get_submodule(site.name)
-        solved: Solved = solve(plan, float_weight(module, site), stats, split)
+        solved: Solved = solve_on(self.job.device, plan, float_weight(module, site), stats, split)
         layer = install(self.model, plan, solved)
         if self.timed is not None:
             self.timed.give(layer)

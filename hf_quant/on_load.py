@@ -12,17 +12,21 @@ from hf_quant.install import install
 from hf_quant.plan import Plan, SitePlan, make_plan
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry, Report
-from hf_quant.running.resources import peak_bytes, release_freed, versions
+from hf_quant.running.resources import peak_bytes, release_freed, require_device, versions
 from hf_quant.runtime.apart import can_take_apart, stand_in_for, take_apart
 from hf_quant.runtime.stand_in import StandIn
-from hf_quant.solve import solve
+from hf_quant.solve import solve_on
 
 
 def plan_on_load(model: nn.Module, recipe: Recipe, job: Job) -> Plan | None:
     """The plan for a model whose weights are still on disk; None when the recipe needs data or the whole model.
 
     The model itself stays whole, as the loader knows it; the plan is made on a twin that is taken apart.
+
+    Raises:
+        ConfigError: there is no such device as `job.device`.
     """
+    require_device(job.device)
     twin = copy.deepcopy(model)  # on the meta device: no bytes are copied
     take_apart(twin)
     plan = make_plan(twin, recipe, job)
@@ -48,24 +52,34 @@ def tied_to(plan: Plan | None, parameter: str) -> list[str]:
 
 
 @torch.no_grad()
-def install_loaded(model: nn.Module, plan: Plan, parameter: str, value: Tensor, dtype: torch.dtype) -> list[Entry]:
+def install_loaded(
+    model: nn.Module,
+    plan: Plan,
+    parameter: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> list[Entry]:
     """Quantize a float parameter that was just read, and put the packed layer where the float one was to be.
 
     Args:
         parameter: its name in the model.
         value: what was read, in the checkpoint's layout.
         dtype: compute type of the layer.
+        device: where it is quantized; None: where it was read to, which is where the layer is in any case.
     """
-    entries = _install_loaded(model, plan, parameter, value, dtype)
+    entries = _install_loaded(model, plan, parameter, value, dtype, device)
     release_freed()
     return entries
 
 
-def _install_loaded(model: nn.Module, plan: Plan, parameter: str, value: Tensor, dtype: torch.dtype) -> list[Entry]:
+def _install_loaded(
+    model: nn.Module, plan: Plan, parameter: str, value: Tensor, dtype: torch.dtype, device: torch.device | None
+) -> list[Entry]:
     owner, _, leaf = parameter.rpartition(".")
     if owner in plan.sites:
         site = plan.sites[owner]
-        return [_install(model, site, value.T if site.site.kind == "conv1d" else value, dtype)]
+        return [_install(model, site, value.T if site.site.kind == "conv1d" else value, dtype, device)]
     if can_take_apart(model.get_submodule(owner)):
         model.set_submodule(owner, stand_in_for(model.get_submodule(owner)))
     apart = model.get_submodule(owner)
@@ -74,15 +88,15 @@ def _install_loaded(model: nn.Module, plan: Plan, parameter: str, value: Tensor,
     for member, part, tensor in apart.members(leaf, value):
         name = f"{owner}.{member}"
         if part == "weight" and name in plan.sites:
-            entries.append(_install(model, plan.sites[name], tensor, dtype))
+            entries.append(_install(model, plan.sites[name], tensor, dtype, device))
         else:
             loaded = _loaded(nn.Parameter(tensor.to(dtype), requires_grad=False))
             setattr(model.get_submodule(name), part, loaded)
     return entries
 
 
-def _install(model: nn.Module, site: SitePlan, W_NK: Tensor, dtype: torch.dtype) -> Entry:
-    solved = solve(site, W_NK, None)
+def _install(model: nn.Module, site: SitePlan, W_NK: Tensor, dtype: torch.dtype, device: torch.device | None) -> Entry:
+    solved = solve_on(device, site, W_NK)
     release_freed()
     for tensor in install(model, site, solved, dtype).parameters(recurse=False):
         if tensor.device.type != "meta":

@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_quant.allocation.allocate import allocate
 from hf_quant.diffusion.denoising import Denoising
 from hf_quant.diffusion.timesteps import follow_timesteps
-from hf_quant.errors import ConfigError, UnsupportedModel
+from hf_quant.errors import UnsupportedModel
 from hf_quant.learning.trained import train
 from hf_quant.loop import Loop
 from hf_quant.plan import Plan, make_plan, with_units
@@ -21,7 +20,7 @@ from hf_quant.report import Report
 from hf_quant.rewriting.rotate import rotate_whole
 from hf_quant.rewriting.rotated_loss import RotatedLoss
 from hf_quant.running.distributed import my_share
-from hf_quant.running.resources import peak_bytes, versions
+from hf_quant.running.resources import peak_bytes, require_device, versions
 from hf_quant.running.run_dir import RunDir
 from hf_quant.runtime.apart import put_back_floats, take_apart
 from hf_quant.runtime.rotating import Rotating, Scaling, Shifting
@@ -39,7 +38,7 @@ def quantize(model: nn.Module, recipe: Recipe, job: Job) -> Report:
     """
     started = time.perf_counter()
     _refuse_offloaded(model)
-    _require_device(job.device)
+    require_device(job.device)
     with apart(model):
         plan = make_plan(model, recipe, job)
         _refuse_hooked(model, plan)
@@ -98,15 +97,6 @@ def _refuse_hooked(model: nn.Module, plan: Plan) -> None:
                 f"{name} has forward hooks, which a quantized layer in its place would not run: remove them and "
                 "register them again afterwards (weight_norm and spectral_norm of torch.nn.utils are such hooks, too)"
             )
-
-
-def _require_device(device: torch.device | None) -> None:
-    if device is None:
-        return
-    try:
-        torch.empty(1, device=device)
-    except (AssertionError, RuntimeError) as error:  # torch built without its kind, or no such number
-        raise ConfigError(f"device={str(device)!r}: there is no such device here ({error})") from None
 
 
 @contextmanager

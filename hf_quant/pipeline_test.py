@@ -178,7 +178,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ) -> None:
     whole = small_llama()
     report = run(whole, method)
-    solve, calls = hf_quant.loop.solve, []
+    solve, calls = hf_quant.loop.solve_on, []
 
     def cut(*args: object) -> object:
         calls.append(1)
@@ -186,7 +186,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
             raise Cut
         return solve(*args)
 
-    monkeypatch.setattr(hf_quant.loop, "solve", cut)
+    monkeypatch.setattr(hf_quant.loop, "solve_on", cut)
     with pytest.raises(Cut):
         run(small_llama(), method, run_dir=tmp_path / "run")
     solved_before = len(calls)

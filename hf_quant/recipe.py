@@ -38,7 +38,7 @@ class Job:
         data: calibration data as the user gave it (see `stages.sampler`), or None.
         processor: tokenizer or processor that turns `data` into model inputs, or None.
         seed: of everything drawn at random.
-        device: where one block at a time is computed; None: where the model is.
+        device: where one block at a time, or one weight without data, is computed; None: where the model is.
         run_dir: finished blocks are written here and a later run with the same job resumes; None: nothing is kept.
         overrides: site name -> another quantizer's recipe for that site, or None to keep it in full precision.
         allow: globs of parameters that may stay unsupported or uncalibrated.

@@ -1,7 +1,9 @@
 """Solve one site: float weight and statistics in, packed layer and its entry in the report out."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,29 @@ class Solved:
     inputs: Spec | None
     input_range: FittedRange | None
     entry: Entry
+
+
+def solve_on(
+    device: torch.device | None, plan: SitePlan, W_NK: Tensor, stats: Stats | None = None, split: Split | None = None
+) -> Solved:
+    """Solve a weight where `device` says, for a layer that stays where it is; with statistics, where they are."""
+    if device is None or device == W_NK.device or stats is not None or split is not None:
+        return solve(plan, W_NK, stats, split)
+    solved: Solved = moved(solve(plan, W_NK.to(device), None), W_NK.device)
+    return solved
+
+
+def moved(value: Any, device: torch.device) -> Any:  # noqa: ANN401  what was given
+    """A solved weight, or a part of it, with every tensor on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)
+    if isinstance(value, Mapping):
+        return {name: moved(part, device) for name, part in value.items()}
+    if isinstance(value, Solved | QTensor | Branch):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
 
 
 @torch.no_grad()

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from hf_quant.errors import ConfigError, PluginError
 from hf_quant.formats import Layer, format_for
+from hf_quant.grids import CodebookGrid
 from hf_quant.plan import SitePlan
 from hf_quant.qtensor import QTensor
 from hf_quant.recipe import Recipe
+from hf_quant.runtime.branches import Constant, LowRank, Sparse, stored_in
 from hf_quant.sites import Site
-from hf_quant.solve import Solved, solve
+from hf_quant.solve import Solved, moved, solve
 from hf_quant.spec import Spec, int_spec
 from hf_quant.stages.objective import Quadratic
 from hf_quant.stages.range import Range
@@ -88,3 +90,20 @@ def test_a_grid_that_no_saved_model_could_name() -> None:
 
     with pytest.raises(ConfigError, match="Thirds is no grid"):
         Layer(SHAPE, Spec(grid=Thirds()))
+
+
+def test_all_of_what_was_solved_moves() -> None:
+    spec = Spec(grid=CodebookGrid(2), block=(1, 20), zero="none")
+    q = QTensor(
+        torch.zeros(8, 40).byte(), torch.ones(8, 2), None, spec, SHAPE, {"a": W_NK}, torch.zeros(8, 2, 4), W_NK[0]
+    )
+    low = LowRank(W_NK[:2], W_NK[:, :2])
+    branches = low, stored_in(low, 8), Sparse.of(W_NK, W_NK > 1), Constant(W_NK[:, 0])
+    done = Solved(q, branches, int_spec(8, 16), (W_NK, None), solved(lambda q, W: q, int_spec(4, 16)).entry)
+    gone = moved(done, torch.device("meta"))
+    inner = gone.q
+    assert inner.nested is not None
+    parts = [inner.codes, inner.scale, inner.codebook, inner.tensor_scale, inner.nested["a"], gone.input_range[0]]
+    assert {t.device.type for t in (*parts, *(t for b in gone.branches for t in b.tensors))} == {"meta"}
+    assert [type(branch) for branch in gone.branches] == [type(branch) for branch in branches]
+    assert (inner.spec, inner.zero, gone.inputs, gone.entry) == (spec, None, done.inputs, done.entry)

@@ -16,7 +16,12 @@ from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.errors import UnsupportedModel
+from hf_quant import solve as solving
+from hf_quant.errors import ConfigError, UnsupportedModel
+from hf_quant.plan import SitePlan
+from hf_quant.rewriting.rewrite import float_weight
+from hf_quant.solve import Solved, Split
+from hf_quant.stats import Stats
 from integration_tests.architectures import build, inputs, logits, same
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +69,31 @@ ON_DISK = {
     "model.rotary_emb": "cpu",
     "lm_head": "cpu",
 }
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_weights_are_quantized_on_the_device_that_the_config_names(
+    in_memory: bool, plain: Path, want: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a model loads, and in memory. The other device here is one that holds no numbers, so they are looked up."""
+    floats, seen, solve = load(plain), [], solving.solve
+
+    def elsewhere(plan: SitePlan, W_NK: Tensor, stats: Stats | None, split: Split | None = None) -> Solved:
+        seen.append(W_NK.device.type)
+        return solve(plan, float_weight(floats.get_submodule(plan.site.name), plan.site), stats, split)
+
+    monkeypatch.setattr(solving, "solve", elsewhere)
+    config = QuantConfig("rtn", bits=4, group_size=32, device="meta")
+    model = load(plain, **({} if in_memory else {"quantization_config": config}))
+    if in_memory:
+        hf_quant.quantize(model, config, progress=False)
+    assert set(seen) == {"meta"}
+    assert torch.equal(logits(model, NAME), want)
+
+
+def test_a_device_that_is_not_there(plain: Path) -> None:
+    with pytest.raises(ConfigError, match="device='cuda:77': there is no such device here"):
+        load(plain, quantization_config=QuantConfig("rtn", device="cuda:77"))
 
 
 @pytest.mark.parametrize("where", ["cpu", "auto", {"": "cpu"}], ids=str)

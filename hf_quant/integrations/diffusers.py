@@ -125,7 +125,8 @@ class Quantizer(DiffusersQuantizer):  # type: ignore[misc]  # an untyped base
             setattr(model.get_submodule(owner), leaf, value)
             return
         assert self.plan is not None  # noqa: S101  `check_if_quantized_param` has seen to it
-        entries = install_loaded(model, self.plan, param_name, param_value.to(target_device), self.dtype)
+        device = self.quantization_config.device
+        entries = install_loaded(model, self.plan, param_name, param_value.to(target_device), self.dtype, device)
         self.entries.update((e.name, e) for e in entries)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ANN401

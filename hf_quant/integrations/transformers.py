@@ -193,7 +193,8 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]  # an untyped base
             if self.quantizer.failed is None:
                 try:
                     assert self.quantizer.plan is not None  # noqa: S101
-                    entries = install_loaded(model, self.quantizer.plan, name, weight, self.quantizer.dtype)
+                    device = self.quantizer.quantization_config.device
+                    entries = install_loaded(model, self.quantizer.plan, name, weight, self.quantizer.dtype, device)
                     self.quantizer.entries.update((e.name, e) for e in entries)
                 except HfQuantError as error:
                     self.quantizer.failed = error

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hf_quant.errors import ConfigError
+
 LIBRARIES = ("hf-quant", "torch", "transformers", "diffusers", "accelerate", "safetensors", "triton", "bitsandbytes")
 
 
@@ -99,3 +101,13 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def require_device(device: torch.device | None) -> None:
+    """Raises `ConfigError` where there is no such device."""
+    if device is None:
+        return
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch built without its kind, or no such number
+        raise ConfigError(f"device={str(device)!r}: there is no such device here ({error})") from None
