@@ -22,6 +22,7 @@ from hf_quant.finite import require_numbers
 from hf_quant.left_products import left_products
 from hf_quant.stages.sampler import Batch, model_inputs_of, token_tags
 from hf_quant.stats import Seen, Stat, State
+from hf_quant.streams import Inputs, Routes, flat, same_routes
 
 HIDDEN = "hidden_states"
 
@@ -271,7 +272,8 @@ def collect(
         run: runs it on micro-batch i.
         batches: the micro-batches, whose tags statistics may read.
         wanted: path inside the block -> the statistics to take of its input.
-        fp: the full-precision twin of the block and how to run it, for statistics that compare two streams.
+        fp: the full-precision twin of the block and how to run it, for statistics that compare two streams; a token
+            goes to the experts there that it goes to on the quantized path.
 
     Returns:
         path -> statistic -> state; paths that were never reached are missing.
@@ -284,10 +286,17 @@ def collect(
     for i, batch in enumerate(batches):
         # when each is called once a forward, what comes after the last of them need not be computed
         once = i > 0 and all(calls[path] == 1 for path in wanted)
-        twins: dict[str, Tensor] = {}
-        if fp is not None:
-            _watch(fp[0], partial(fp[1], fp[0], i), wanted, partial(_remember, twins), once)
-        seen = _watch(block, partial(run, block, i), wanted, partial(_update, states, wanted, batch, twins), once)
+        update = partial(_update, states, wanted, batch)
+        if fp is None:
+            seen = _watch(block, partial(run, block, i), wanted, update, once)
+        else:
+            ours, theirs, routes = Inputs(), Inputs(), Routes()
+            with same_routes(block, routes):
+                seen = _watch(block, partial(run, block, i), wanted, ours.see, once)
+            with same_routes(fp[0], routes):
+                _watch(fp[0], partial(fp[1], fp[0], i), wanted, theirs.see, once)
+            for path, x, twin in ours.beside(theirs):
+                update(path, x, twin)
         calls = calls or seen
     require_numbers(states)
     return states
@@ -310,35 +319,26 @@ def _watch(
     return seen
 
 
-def _remember(twins: dict[str, Tensor], path: str, x: Tensor) -> None:
-    twins[path] = flat(x)
-
-
 def _update(
     states: dict[str, dict[Stat, State]],
     wanted: dict[str, tuple[Stat, ...]],
     batch: Batch,
-    twins: dict[str, Tensor],
     path: str,
     x: Tensor,
+    twin: Tensor | None = None,
 ) -> None:
     x_TK = flat(x)
     if not len(x_TK):
         return  # an expert without tokens
     of_path = states.setdefault(path, {s: s.start(x_TK.shape[1], x_TK.device) for s in wanted[path]})
     for stat, state in of_path.items():
-        fp_TK = twins.get(path) if stat.two_streams else None
-        if stat.two_streams and (fp_TK is None or len(fp_TK) != len(x_TK)):
+        if stat.two_streams and twin is None:
             raise UnsupportedModel(
                 f"{path} sees other tokens on the quantized path than in full precision (a router decides); a method "
                 "that compares the two streams cannot be used for it, use gptq there"
             )
+        fp_TK = twin if stat.two_streams else None
         stat.update(state, Seen(x_TK, fp_TK, token_tags(batch, stat.tags, len(x_TK))))
-
-
-def flat(x: Tensor) -> Tensor:
-    """`[..., K] -> [T, K]`."""
-    return x.detach().reshape(-1, x.shape[-1])
 
 
 def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401  nested arguments of any kind

@@ -4,8 +4,9 @@ from torch import nn
 
 from hf_quant.capture import collect, record
 from hf_quant.errors import CalibrationError, UnsupportedModel
+from hf_quant.runtime.apart import take_apart
 from hf_quant.sites import find_blocks
-from hf_quant.stats import AbsMax
+from hf_quant.stats import AbsMax, CrossGram
 from hf_quant.testing.subjects import SUBJECTS
 
 
@@ -76,3 +77,44 @@ def test_inputs_that_are_no_numbers_are_found_whatever_reads_them(value):
     x[1, 2] = value
     with pytest.raises(CalibrationError, match="input of proj holds NaN or infinite values"):
         collect(Block(), lambda block, i: block(x), [{"x": x}], {"proj": (AbsMax(),)}, None)
+
+
+@torch.no_grad()
+def test_an_expert_is_compared_on_the_tokens_that_it_gets_on_the_quantized_path():
+    """In full precision the router would send others to it."""
+    model = SUBJECTS["moe"].model(1)
+    take_apart(model)
+    block = model.model.layers[0].mlp
+    x, fp_x = torch.randn(2, 2, 12, 64, generator=torch.Generator().manual_seed(0))
+    fp_x = x + fp_x
+    routes = []
+    for given in (x, fp_x):
+        handle = block.experts.register_forward_pre_hook(lambda _, args: routes.append(args[1]))
+        block(given)
+        handle.remove()
+    assert not torch.equal(*(r.sort().values for r in routes))
+    run = (lambda b, i: b(x)), (block, lambda b, i: b(fp_x))
+    found = collect(block, run[0], [{"x": x}], {f"experts.{e}.gate_up": (CrossGram(),) for e in range(4)}, run[1])
+    for e in range(4):
+        mine = x.reshape(-1, 64)[(routes[0] == e).any(-1)]
+        theirs = fp_x.reshape(-1, 64)[(routes[0] == e).any(-1)]
+        torch.testing.assert_close(
+            found[f"experts.{e}.gate_up"][CrossGram()]["dx"].float(), (theirs - mine).T @ mine, rtol=1e-4, atol=1e-4
+        )
+
+
+@torch.no_grad()
+def test_a_module_that_runs_twice_is_compared_call_by_call():
+    x, block = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), Block()
+    twice = lambda b, shift: (b(x + shift), b(2 * x))  # noqa: E731
+    state = collect(
+        block, lambda b, i: twice(b, 0), [{"x": x}], {"proj": (CrossGram(),)}, (block, lambda b, i: twice(b, 1))
+    )
+    torch.testing.assert_close(state["proj"][CrossGram()]["dx"].float(), torch.ones(2, 4).T @ x)
+
+
+@torch.no_grad()
+def test_other_tokens_are_no_twins():
+    x, block = torch.randn(3, 4), Block()
+    with pytest.raises(UnsupportedModel, match="proj sees other tokens on the quantized path"):
+        collect(block, lambda b, i: b(x), [{"x": x}], {"proj": (CrossGram(),)}, (block, lambda b, i: b(x[:2])))

@@ -15,7 +15,6 @@ from hf_quant.method import did_you_mean
 from hf_quant.recipe import Job, Recipe
 from hf_quant.report import Entry
 from hf_quant.running.distributed import processes
-from hf_quant.runtime.experts import Experts
 from hf_quant.sites import Site, find_blocks, kept_reason, walk
 from hf_quant.spec import Spec
 from hf_quant.stages.sampler import Batch
@@ -172,7 +171,7 @@ def make_plan(model: nn.Module, recipe: Recipe, job: Job) -> Plan:
         try:
             shares = tuple(end for end, table in tied.items() if table == site.name)
             sites[site.name] = _site_plan(model, site, own, shares)
-            _refuse_one_stream(model, sites[site.name])
+            _refuse_one_stream(sites[site.name])
         except UnsupportedSpec as error:
             problems.append(f"{site.name}: {error}")
     if problems:
@@ -293,18 +292,12 @@ def _site_plan(model: nn.Module, site: Site, recipe: Recipe, shares: tuple[str, 
     return SitePlan(site, recipe, layer, fmt, shares)
 
 
-def _refuse_one_stream(model: nn.Module, plan: SitePlan) -> None:
-    """A method that compares two streams token by token needs both to pass the site with the same tokens."""
-    if not any(stat.two_streams for stat in plan.recipe.needs):
-        return
-    parents = plan.site.name.split(".")
-    owners = (model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents)))
-    why = "a router may send an expert other tokens there" if any(isinstance(o, Experts) for o in owners) else None
-    why = "there is none outside the blocks" if plan.site.block == "" else why
-    if why:
+def _refuse_one_stream(plan: SitePlan) -> None:
+    """A method that compares two streams token by token needs the one in full precision, which blocks have."""
+    if plan.site.block == "" and any(stat.two_streams for stat in plan.recipe.needs):
         raise UnsupportedSpec(
-            "the method compares the layer's inputs with those on the full-precision path, and "
-            f'{why}; name another method for it, overrides={{"{plan.site.name}": {{"method": "gptq"}}}}, or skip it'
+            "the method compares the layer's inputs with those on the full-precision path, and there is none outside "
+            f'the blocks; give it another method, overrides={{"{plan.site.name}": {{"method": "gptq"}}}}, or skip it'
         )
 
 

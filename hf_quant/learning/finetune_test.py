@@ -27,6 +27,7 @@ from hf_quant import QuantConfig
 from hf_quant.cli.app import app
 from hf_quant.errors import CalibrationError, ConfigError, NotSupported, RunError, UnsupportedModel, UnsupportedSpec
 from hf_quant.recipe import Job, Recipe
+from hf_quant.runtime.linear import QuantLinear
 from hf_quant.spec import act_spec, int_spec
 from hf_quant.stages.reconstruction import FisherMse
 from hf_quant.testing.subjects import SUBJECTS
@@ -263,6 +264,22 @@ def test_an_answer_a_row_has_no_padding() -> None:
     training = hf_quant.finetune(model, QuantConfig("lsq", **config), data, progress=False).training
     assert training["tokens"] == 8 * 20
     assert training["first_loss"] == pytest.approx(0.5 * np.log(2), rel=0.1)
+
+
+def test_experts_learn_as_every_matrix_does() -> None:
+    """A gradient reaches those that some token went to; what was trained is what the packed experts compute."""
+    subject = SUBJECTS["moe"]
+    found = []
+    for steps in (1, 40):
+        config = QuantConfig("lsq", bits=2, group_size=32, steps=steps)
+        model = subject.model(1)
+        report = hf_quant.finetune(model, config, subject.data(), progress=False)
+        packed = {n: m for n, m in model.named_modules() if ".experts." in n and isinstance(m, QuantLinear)}
+        found.append({name: module.dequantize(torch.float32) for name, module in packed.items()})
+        assert report.training["logit_difference"] < 1e-4 * report.training["logits"]
+    assert report.training["last_loss"] < 0.95 * report.training["first_loss"]
+    assert len(found[0]) == 8
+    assert not any(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_the_teacher_is_in_full_precision() -> None:
