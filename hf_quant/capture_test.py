@@ -114,6 +114,15 @@ def test_a_module_that_runs_twice_is_compared_call_by_call():
 
 
 @torch.no_grad()
+def test_what_is_compared_is_what_was_seen_whatever_is_written_into_it_later():
+    x, block = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), Block()
+    gone = lambda b, x: (b(x), x.zero_())  # noqa: E731
+    fp = block, lambda b, i: gone(b, x + 1)
+    state = collect(block, lambda b, i: gone(b, x.clone()), [{"x": x}], {"proj": (CrossGram(),)}, fp)
+    torch.testing.assert_close(state["proj"][CrossGram()]["dx"].float(), torch.ones(2, 4).T @ x)
+
+
+@torch.no_grad()
 def test_other_tokens_are_no_twins():
     x, block = torch.randn(3, 4), Block()
     with pytest.raises(UnsupportedModel, match="proj sees other tokens on the quantized path"):

@@ -39,8 +39,8 @@ class Inputs(dict[str, list[Tensor]]):
     """What each path was called with in one forward."""
 
     def see(self, path: str, x: Tensor) -> None:
-        """Another call."""
-        self.setdefault(path, []).append(flat(x))
+        """Another call. A copy: models write into what was an input."""
+        self.setdefault(path, []).append(flat(x).clone())
 
     def beside(self, others: "Inputs") -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Each call, with the one that saw the same tokens in another forward."""
