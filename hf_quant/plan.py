@@ -240,7 +240,9 @@ def with_units(plan: Plan, model: nn.Module, recipe: Recipe, batches: Sequence[B
         return plan
     sites = plan.sites
     if processes() > 1:
-        raise UnsupportedSpec("a tuner fits against all of the data: run it in one process")
+        raise UnsupportedSpec(
+            "blocks are fitted against all of the data: run it in one process, or without those steps"
+        )
     if recipe.splitter is not None or recipe.repairs:
         raise UnsupportedSpec("a tuner cannot fit codes beside branches: use it without a splitter and repairs")
     mine = [p.site for p in sites.values() if p.recipe.tuner is not None and p.site.kind != "embedding"]

@@ -53,7 +53,7 @@ def test_two_processes_give_the_bytes_of_one(method: str, tmp_path: Path) -> Non
 def trained(folder: Path | None, batch_size: int = 4) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     torch.set_num_threads(1)
     model = small_llama(layers=2)
-    given = {"bits": 3, "group_size": 16, "rank": 4, "steps": 4, "lr": 0.05, "run_dir": folder}
+    given = {"bits": 3, "group_size": 16, "rank": 4, "block_steps": 0, "steps": 4, "lr": 0.05, "run_dir": folder}
     rows = [*IDS[:15].split(1), *IDS[15:, :16].split(1)]  # of two lengths: the processes get unlike numbers of tokens
     batches: list[Batch] = [{"input_ids": row} for row in rows]
     report = hf_quant.finetune(model, QuantConfig("lr-qat", batch_size=batch_size, **given), batches, progress=False)

@@ -20,7 +20,7 @@ class _KilledError(BaseException):
 
 
 def run(model: nn.Module, folder: Path) -> Report:
-    config = QuantConfig("lr-qat", bits=3, group_size=32, rank=2, steps=3, run_dir=folder)
+    config = QuantConfig("lr-qat", block_steps=0, bits=3, group_size=32, rank=2, steps=3, run_dir=folder)
     return hf_quant.finetune(model, config, SUBJECTS["llm"].data(), progress=False)
 
 

@@ -52,7 +52,7 @@ def test_only_methods_that_train(tmp_path: Path) -> None:
     with pytest.raises(NotSupported, match=r"use a method that does .*or quantize the model and train an adapter"):
         hf_quant.finetune(llama(), QuantConfig("gptq"), tokens())
     model = llama()
-    report = hf_quant.finetune(model, QuantConfig("lr-qat", bits=3, steps=2), tokens(), progress=False)
+    report = hf_quant.finetune(model, QuantConfig("lr-qat", bits=3, block_steps=2, steps=2), tokens(), progress=False)
     assert report.training["steps"] == 2
     assert report.training["tokens"] == 2 * 8 * 32
     assert report.training["logit_difference"] < 1e-4 * report.training["logits"]
@@ -117,14 +117,16 @@ def test_the_config_is_as_it_was() -> None:
 def test_one_training_takes_one_rounding() -> None:
     """Other bits are another spec; another rank would be another training, which would be left out in silence."""
     given = {"bits": 4, "rank": 2, "steps": 1, "group_size": 32}
-    config = QuantConfig("lr-qat", **given, overrides={"*.layers.0.*": {"rank": 4}})
+    config = QuantConfig("lr-qat", block_steps=0, **given, overrides={"*.layers.0.*": {"rank": 4}})
     with pytest.raises(UnsupportedSpec, match=r"layers\.0.*trains otherwise than the rest"):
         hf_quant.finetune(llama(), config, tokens())
     config = QuantConfig("gptq", overrides={"*.layers.0.*": {"method": "lsq"}})
     with pytest.raises(UnsupportedSpec, match="trains otherwise"):
         hf_quant.quantize(llama(), config, data=tokens(), progress=False)
     model = llama()
-    config = QuantConfig("lr-qat", **given, overrides={"*.up_proj": {"bits": 8}, "*.down_proj": {"method": "rtn"}})
+    config = QuantConfig(
+        "lr-qat", block_steps=0, **given, overrides={"*.up_proj": {"bits": 8}, "*.down_proj": {"method": "rtn"}}
+    )
     report = hf_quant.finetune(model, config, tokens(), progress=False)
     bits = {e.name.split(".")[-2]: e.spec["grid"]["bits"] for e in report.quantized}
     assert (bits["up_proj"], bits["down_proj"], bits["q_proj"]) == (8, 4, 4)
@@ -132,7 +134,7 @@ def test_one_training_takes_one_rounding() -> None:
 
 def test_a_budget_is_trained_at_the_bits_it_chose() -> None:
     model = llama()
-    config = QuantConfig("lr-qat", budget="4.9 bits", rank=2, steps=1, group_size=32)
+    config = QuantConfig("lr-qat", block_steps=0, budget="4.9 bits", rank=2, steps=1, group_size=32)
     report = hf_quant.finetune(model, config, tokens(), progress=False)
     assert len({e.spec["grid"]["bits"] for e in report.quantized}) > 1
     assert report.bits_per_weight == hf_quant.true_bits(model) <= 4.9
@@ -145,7 +147,7 @@ def test_rows_of_different_lengths_and_labels() -> None:
     given = {"bits": 3, "group_size": 32, "rank": 2, "steps": 2, "batch_size": 8, "distill": 0.5}
     models, reports = [llama(), llama()], []
     for model, again in zip(models, (False, True), strict=True):
-        config = QuantConfig("lr-qat", **given, gradient_checkpointing=again)
+        config = QuantConfig("lr-qat", block_steps=0, **given, gradient_checkpointing=again)
         reports.append(hf_quant.finetune(model, config, cut, progress=False))
     assert reports[0].training["tokens"] == 2 * (4 * 32 + 4 * 20)
     assert reports[0].training["last_loss"] == pytest.approx(reports[1].training["last_loss"])
@@ -157,7 +159,7 @@ def test_norms_learn_beside_the_codes(tmp_path: Path) -> None:
     given = {"bits": 3, "group_size": 32, "rank": 2, "steps": 4, "lr_norms": 1e-2}
     before, model = llama(), llama()
     report = hf_quant.finetune(
-        model, QuantConfig("lr-qat", **given, run_dir=tmp_path / "run"), tokens(), progress=False
+        model, QuantConfig("lr-qat", block_steps=0, **given, run_dir=tmp_path / "run"), tokens(), progress=False
     )
     assert report.training["logit_difference"] < 1e-4 * report.training["logits"]
     gains = {n: p for n, p in model.named_parameters() if n.endswith("norm.weight")}
@@ -169,10 +171,12 @@ def test_norms_learn_beside_the_codes(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(loaded.get_parameter(n), p) for n, p in gains.items())
     again = llama()
-    hf_quant.finetune(again, QuantConfig("lr-qat", **given, run_dir=tmp_path / "run"), tokens(), progress=False)
+    hf_quant.finetune(
+        again, QuantConfig("lr-qat", block_steps=0, **given, run_dir=tmp_path / "run"), tokens(), progress=False
+    )
     assert all(torch.equal(again.get_parameter(n), p) for n, p in gains.items())
     alone = llama()
-    hf_quant.finetune(alone, QuantConfig("lr-qat", **{**given, "lr_norms": 0}), tokens(), progress=False)
+    hf_quant.finetune(alone, QuantConfig("lr-qat", block_steps=0, **{**given, "lr_norms": 0}), tokens(), progress=False)
     assert all(torch.equal(alone.get_parameter(n), before.get_parameter(n)) for n in gains)
 
 
@@ -182,7 +186,7 @@ def test_without_a_teacher_the_model_runs_once_a_step() -> None:
     for distill in (0.0, 1.0):
         model, calls = llama(), []
         hook = model.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
-        config = QuantConfig("lr-qat", bits=3, group_size=32, rank=2, steps=3, distill=distill)
+        config = QuantConfig("lr-qat", block_steps=0, bits=3, group_size=32, rank=2, steps=3, distill=distill)
         hf_quant.finetune(model, config, tokens(), progress=False)
         hook.remove()
         runs.append((calls.count(True), len(calls)))
@@ -193,7 +197,7 @@ def test_without_a_teacher_the_model_runs_once_a_step() -> None:
 def test_divergence_is_told() -> None:
     model = llama()
     model.lm_head.weight.data.fill_(1e38)
-    config = QuantConfig("lr-qat", bits=4, group_size=32, steps=9)
+    config = QuantConfig("lr-qat", block_steps=0, bits=4, group_size=32, steps=9)
     with pytest.raises(RunError, match=r"training diverged: the loss is (nan|inf) at step \d of 9; give a smaller"):
         hf_quant.finetune(model, config, tokens(), progress=False)
 
@@ -206,9 +210,9 @@ def test_divergence_in_the_last_step_is_told() -> None:
 
 def test_a_resumed_training_reports_the_whole(tmp_path: Path) -> None:
     given = {"bits": 3, "group_size": 32, "rank": 2, "steps": 4, "run_dir": tmp_path}
-    whole = hf_quant.finetune(llama(), QuantConfig("lr-qat", **given), tokens(), progress=False)
+    whole = hf_quant.finetune(llama(), QuantConfig("lr-qat", block_steps=0, **given), tokens(), progress=False)
     again = hf_quant.finetune(
-        llama(), QuantConfig("lr-qat", **given), tokens(), progress=False
+        llama(), QuantConfig("lr-qat", block_steps=0, **given), tokens(), progress=False
     )  # nothing is left to do
     for name in ("tokens", "first_loss", "last_loss", "logit_difference"):
         assert again.training[name] == whole.training[name]
@@ -243,7 +247,7 @@ def test_a_decoder_reads_what_its_labels_make() -> None:
     data, rows = {"input_ids": tokens(), "labels": tokens()[:, :20].clone()}, []
     data["labels"][:4, 10:] = -100
     hook = model.lm_head.register_forward_hook(lambda _, args, out: rows.append(len(out.flatten(0, -2))))
-    config = QuantConfig("lr-qat", bits=4, group_size=32, rank=2, steps=1)
+    config = QuantConfig("lr-qat", block_steps=0, bits=4, group_size=32, rank=2, steps=1)
     training = hf_quant.finetune(model, config, data, progress=False).training
     hook.remove()
     assert training["logit_difference"] < 1e-4 * training["logits"]
@@ -329,7 +333,7 @@ def test_one_step_is_one() -> None:
 def test_what_is_no_learning_rate_is_refused(rate: float) -> None:
     for name in ("lr", "lr_scale", "lr_norms"):
         with pytest.raises(ConfigError, match=f"{name}=.*a learning rate"):
-            QuantConfig("lr-qat", **{name: rate}).quantizer()
+            QuantConfig("lr-qat", block_steps=0, **{name: rate}).quantizer()
 
 
 def test_a_step_without_a_label_is_no_divergence() -> None:

@@ -39,7 +39,15 @@ from hf_quant.testing.subjects import SUBJECTS, Subject
 
 Check = Callable[[Method, Path], None]
 
-BRIEF = {"steps": 8, "iterations": 8, "iters": 8, "epochs": 1, "ranges": 8, "rank": 2}  # contracts, not quality
+BRIEF = {
+    "steps": 8,
+    "block_steps": 8,
+    "iterations": 8,
+    "iters": 8,
+    "epochs": 1,
+    "ranges": 8,
+    "rank": 2,
+}  # contracts, not quality
 IMPOSSIBLE: dict[str, tuple[Any, ...]] = {
     "bits": (0, 9, -3, 2.5, "4"),
     "group_size": (0, -2, 1.5, "128"),

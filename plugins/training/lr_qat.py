@@ -5,9 +5,11 @@
 The low-rank term lies inside the rounding, in units of the grid: it moves codes, and nothing of it is left afterwards.
 
 Shapes: W_NK weight; A `[r, K]`, B `[N, r]`; s `[N, G]`.
-Differs from the paper: P begins near the solver's code, so any solver can come before; it is kept in bfloat16 or
-float32 (the paper also has 8-bit fixed point); step sizes are learned relative to the solver's, so that a learning rate
-means the same for every model; gains of norms are learned too; distilled from the full-precision model.
+Differs from the paper: P begins near the solver's code, so any solver can come before, and each block is first fitted
+by itself to its full-precision output, which tells of far more codes where they belong than the model's answer does; P
+is kept in bfloat16 or float32 (the paper also has 8-bit fixed point); step sizes are learned relative to the solver's,
+so that a learning rate means the same for every model; gains of norms are learned too; distilled from the
+full-precision model.
 """
 
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from hf_quant.method import Paper, method
 from hf_quant.plugins.calibration.coherent_clip import CoherentClip
 from hf_quant.plugins.rounding.gptq_refined import Refined
+from hf_quant.plugins.rounding.lsq_ptq import Places
 from hf_quant.plugins.training.fake_core import (
     LowRankTerm,
     check_rank,
@@ -40,8 +43,11 @@ from hf_quant.stages.fakequant import (
     stored,
 )
 from hf_quant.stages.objective import AsymmetricMse
+from hf_quant.stages.reconstruction import Reconstruction
 from hf_quant.stages.sampler import TextSampler
 from hf_quant.stages.trainer import Qat
+
+REACH = 0.45  # of a place on the grid while its block is fitted by itself, in steps: further, noise moves codes
 
 
 class LrQatFake(FakeQuant):
@@ -132,6 +138,7 @@ def lr_qat(
     bits: int = 4,
     group_size: int = 128,
     rank: int = 32,
+    block_steps: int = 150,
     steps: int = 200,
     batch_size: int = 8,
     lr: float = 2e-3,
@@ -142,7 +149,7 @@ def lr_qat(
     length: int = 512,
     gradient_checkpointing: bool = False,
 ) -> Recipe:
-    """gptq-refined, then training of low-rank terms inside the rounding.
+    """gptq-refined, `block_steps` on each block alone, then training of low-rank terms inside the rounding.
 
     `lr` is of those terms in steps of the grid, `lr_scale` of the ends of the grid, by step sizes, in steps;
     `lr_norms` of the gains of norms, as a share of their size (0: they are not trained).
@@ -153,6 +160,7 @@ def lr_qat(
         objective=AsymmetricMse(),
         solver=Refined(),
         sampler=TextSampler(samples, length),
+        tuner=Reconstruction(Places(lr=REACH / block_steps), steps=block_steps) if block_steps else None,
         trainer=Qat(
             LrQat(rank, float(rank), lr, lr_scale),
             steps=steps,
