@@ -159,7 +159,7 @@ def lr_qat(
         range=CoherentClip(),
         objective=AsymmetricMse(),
         solver=Refined(),
-        sampler=TextSampler(samples, length),
+        sampler=TextSampler(samples, length, batch_size),
         tuner=Reconstruction(Places(lr=REACH / block_steps), steps=block_steps) if block_steps else None,
         trainer=Qat(
             LrQat(rank, float(rank), lr, lr_scale),
