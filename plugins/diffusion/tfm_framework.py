@@ -59,12 +59,13 @@ def tfm_framework(
     ranges: int = 20,
     samples: int = 128,
     iterations: int = 1000,
+    input_lr: float = 5e-3,
     clip_steps: int = 24,
 ) -> Recipe:
     """As tfmq-dm, and what the temporal layers put out is stored: at inference they are gone."""
     if type(classes) is not int or classes < 1:
         raise ConfigError(f"classes={classes!r}: the most classes whose features are stored, 1 or more")
-    made = tfmq_dm(bits, act_bits, group_size, calibration_steps, ranges, samples, iterations, clip_steps)
+    made = tfmq_dm(bits, act_bits, group_size, calibration_steps, ranges, samples, iterations, input_lr, clip_steps)
     assert isinstance(made, Recipe)  # noqa: S101
     assert made.inputs is not None  # noqa: S101
     return replace(made, serving=CachedFeatures(int_spec(feature_bits, -1), made.inputs.entries, classes))
