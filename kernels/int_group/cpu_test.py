@@ -35,7 +35,7 @@ def test_narrow_codes_are_codes_of_four_bits(bits: int, group: int, symmetric: b
     assert Int4Cpu().supports(layer, torch.device("cpu"), torch.bfloat16) is None
     blob = Int4Cpu().prepare(tensors, layer, torch.bfloat16)
     assert blob[0].nbytes == codes.numel() // 2
-    one_hot = torch.eye(INT4_TOKENS + 1, 192).bfloat16()
+    one_hot = torch.eye(max(INT4_TOKENS + 1, 192), 192).bfloat16()
     few = torch.cat([Int4Cpu().run(x, tensors, blob, layer) for x in one_hot.split(48)])
     many = Int4Cpu().run(one_hot, tensors, blob, layer)
     assert torch.equal(few[:192].T.float(), q.dequantize())
@@ -49,7 +49,7 @@ def test_many_tokens_see_the_weight_of_the_reference(scale: str) -> None:
     q = refit(torch.randn(shape, generator=torch.Generator().manual_seed(0)), spec)
     layer, tensors = Layer(shape, spec), FORMAT.pack(q)
     blob = Int4Cpu().prepare(tensors, layer, torch.bfloat16)
-    y_TN = Int4Cpu().run(torch.eye(INT4_TOKENS + 1, 192).bfloat16(), tensors, blob, layer)
+    y_TN = Int4Cpu().run(torch.eye(max(INT4_TOKENS + 1, 192), 192).bfloat16(), tensors, blob, layer)
     assert torch.equal(y_TN[:192].T, FORMAT.weight(tensors, layer, torch.bfloat16))
 
 
