@@ -17,12 +17,13 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.diffusion.loading_pipeline import load_pipeline
-from hf_quant.errors import CheckpointError, ConfigError
+from hf_quant.errors import CheckpointError, ConfigError, NotSupported
 from hf_quant.runtime.packed import Packed
 
 RTN = QuantConfig("rtn", bits=4, group_size=16)
@@ -169,6 +170,34 @@ def test_a_lora_is_fused_and_taken_out_to_the_bit(folder: Path, tmp_path: Path) 
     assert torch.equal(draw(pipeline), fused)
     pipeline.save_pretrained(tmp_path / "fused")
     assert torch.equal(draw(load(tmp_path / "fused")), fused)
+
+
+def test_a_pipeline_with_a_lora_at_work_is_not_saved_as_one_that_does_not_load(folder: Path, tmp_path: Path) -> None:
+    pipeline = load(folder)
+    hf_quant.quantize(pipeline, RTN, pictures=0, progress=False)
+    pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    with pytest.raises(NotSupported, match=r"attn1.to_q holds an adapter.*unload_lora_weights"):
+        pipeline.save_pretrained(tmp_path)
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(draw(load(tmp_path)), draw(pipeline))
+
+
+@pytest.mark.parametrize("key", ["qweight", "bias"])
+def test_what_a_file_without_a_seal_lacks_is_an_error(folder: Path, tmp_path: Path, key: str) -> None:
+    """Diffusers warns, and the layer would compute with whatever was in memory."""
+    pipeline = load(folder)
+    hf_quant.quantize(pipeline, RTN, pictures=0, progress=False)
+    pipeline.unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"].pop("sealed", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    lost = next(name for name in sorted(tensors) if name.endswith(f"to_out.0.{key}"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{lost} is not in the checkpoint"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
 
 
 def test_what_is_measured_is_all_of_one_type(folder: Path, tmp_path: Path) -> None:

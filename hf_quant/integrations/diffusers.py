@@ -70,6 +70,17 @@ class Quantizer(DiffusersQuantizer):  # type: ignore[misc]  # an untyped base
             verify(files, sealed=self.quantization_config.sealed is not None)
         return loaded_keys
 
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """Diffusers would warn of what no file holds, and go on.
+
+        Raises:
+            CheckpointError: it belongs to a packed layer, which would hold arbitrary codes.
+        """
+        packed = {name for name, _ in checkpoint.packed_modules(model)}
+        if lost := sorted(key for key in missing_keys if key.rpartition(".")[0] in packed):
+            raise CheckpointError(f"{lost[0]} is not in the checkpoint; a shard is missing or damaged")
+        return missing_keys
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ANN401
         if self.pre_quantized:
             checkpoint.build_skeleton(model, self.quantization_config.description, dtype=self.dtype)
@@ -150,10 +161,17 @@ class Quantizer(DiffusersQuantizer):  # type: ignore[misc]  # an untyped base
         """The packed tensors as they are, and a seal over them; config.json is written already.
 
         Raises:
-            NotSupported: they were to be pickled, which carries no seal.
+            NotSupported: they were to be pickled, which carries no seal; or a LoRA is at work, whose layers bear names
+                that no model loads.
         """
         if not safe_serialization:
             raise NotSupported("quantized models are saved as safetensors only: leave safe_serialization=False out")
+        if adapted := [key for key in state_dict if ".base_layer." in key]:
+            raise NotSupported(
+                f"{adapted[0].partition('.base_layer.')[0]} holds an adapter, and a model saved with one does not load: "
+                "save it beside the model (pipeline.save_lora_weights) and take it off (unload_lora_weights), after "
+                "fuse_lora if it is to stay in the weights"
+            )
         return state_dict, seal(state_dict)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:  # noqa: ANN401  a ModelMixin

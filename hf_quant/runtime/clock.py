@@ -59,13 +59,16 @@ class Clock:
         self.t_B = torch.as_tensor(t).reshape(-1).float()
         self.class_B = None if classes is None else torch.as_tensor(classes).reshape(-1)
         self.entry_B = self.nearest(self.t_B)
-        if self.classes and not torch.compiler.is_compiling():
+        if self.classes:
             self._refuse_unknown()
 
     def _refuse_unknown(self) -> None:
         if self.class_B is None:
             raise ConfigError("features are stored by class: pass the network its `class_labels`")
-        if unknown := sorted(set(self.class_B.tolist()) - set(self.classes)):
+        if torch.compiler.is_compiling():  # values are not known then
+            known_B = torch.isin(self.class_B, torch.tensor(self.classes, device=self.class_B.device))
+            torch._assert_async(known_B.all(), f"features are stored for the classes {list(self.classes)} alone")
+        elif unknown := sorted(set(self.class_B.tolist()) - set(self.classes)):
             raise ConfigError(
                 f"no features are stored for class {unknown[0]}, only for {list(self.classes)}: quantize again with "
                 "all classes that will be asked for, and with guidance if there will be any, or use tfmq-dm"
