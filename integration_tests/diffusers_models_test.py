@@ -18,6 +18,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 import hf_quant
@@ -225,6 +226,21 @@ def test_group_offload(flux: nn.Module, tmp_path: Path, kind: str) -> None:
         how = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)}
     flux.enable_group_offload(onload_device=here, offload_device=here, **how)
     assert torch.equal(output(flux), want)
+
+
+def test_convolutions_offloaded_to_disk(folders: Path, tmp_path: Path) -> None:
+    """What stands in for one and the matrix in it would each have a file, the second of emptied tensors."""
+    model, here = UNet3DConditionModel.from_pretrained(folders / "unet3d"), torch.device("cpu")
+    config = QuantConfig("int8-default")  # rounded inputs: the matrix itself runs
+    hf_quant.quantize(model, config, data=[inputs("unet3d", seed) for seed in range(2)], progress=False)
+    want = output(model, "unet3d")
+    model.enable_group_offload(
+        onload_device=here, offload_device=here, offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
+    )
+    held = [t for file in tmp_path.glob("*.safetensors") for t in load_file(file).values()]
+    assert len(held) == len(list(model.parameters()))
+    assert torch.equal(output(model, "unet3d"), want)
+    assert torch.equal(output(model, "unet3d"), want)
 
 
 @pytest.mark.parametrize("kind", ["offload", "cast"])

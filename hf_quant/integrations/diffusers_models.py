@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_quant.checkpoint import packed_modules
+from hf_quant.runtime.conv import as_leaves
 from hf_quant.runtime.packed import Packed, expose_logical_weights
 from hf_quant.runtime.stand_in import StandIn
 
@@ -16,7 +17,7 @@ _log = logging.getLogger("hf_quant")
 
 
 def adapt(model: nn.Module) -> None:
-    """Prepare a model with packed layers for layerwise casting, `fuse_lora` and, of Flux, for `load_lora_weights`.
+    """Prepare a model with packed layers for casting, offloading, `fuse_lora` and, of Flux, for `load_lora_weights`.
 
     Layerwise casting leaves packed layers alone: they are smaller than in 8-bit floats already, and their biases and
     scales would lose precision without a word. A convolution's stand-in is a convolution to it, and is left alone too.
@@ -27,6 +28,7 @@ def adapt(model: nn.Module) -> None:
     packed = tuple(f"^{re.escape(name)}$" for name in sorted(names))
     anything._skip_layerwise_casting_patterns = (*(anything._skip_layerwise_casting_patterns or ()), *packed)
     _fuse_by_solving()
+    _offload_convolutions_once()
     if type(model).__name__.startswith("Flux"):
         _show_shapes_to_flux()
 
@@ -79,6 +81,25 @@ def _fuse_by_solving() -> None:
 
 def _leave(safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """In place of a layer's `merge`."""
+
+
+def _offload_convolutions_once() -> None:
+    """Offloaded leaf by leaf, a convolution's stand-in and the matrix in it would each be a group with the same tensors.
+
+    On disk, the second group's file then has what was in memory after the first had emptied them.
+    """
+    from diffusers.hooks import group_offloading
+
+    apply: Callable[..., None] = group_offloading._apply_group_offloading_leaf_level
+    if hasattr(apply, "__wrapped__"):
+        return
+
+    @wraps(apply)
+    def leaf_by_leaf(module: nn.Module, config: Any) -> None:  # noqa: ANN401  diffusers' own
+        with as_leaves():
+            apply(module, config)
+
+    group_offloading._apply_group_offloading_leaf_level = leaf_by_leaf
 
 
 def _show_shapes_to_flux() -> None:

@@ -31,5 +31,7 @@ def test_a_class_without_an_entry_is_refused(backend: str | None) -> None:
     given = torch.zeros(2, 2), torch.tensor([3, 400])
     assert torch.equal(run(*given, torch.tensor([7, 4])), torch.tensor([[4.0, 5.0], [2.0, 3.0]]))
     assert torch.equal(run(*given, torch.tensor([0, 4])), torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
-    with pytest.raises(ConfigError if backend is None else RuntimeError, match=r"features are stored for .*\[0, 4, 7\]"):
+    with pytest.raises(
+        ConfigError if backend is None else RuntimeError, match=r"features are stored for .*\[0, 4, 7\]"
+    ):
         run(*given, torch.tensor([7, 5]))

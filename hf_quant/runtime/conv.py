@@ -5,6 +5,7 @@ Where weights alone are quantized the product runs as the convolution it is, on 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ class UnfoldedConv(StandIn):
     """
 
     stock_weight: ClassVar[str] = "weight"
+    _as_leaf: ClassVar[bool] = False
     matrix: nn.Linear
     in_channels: int
     out_channels: int
@@ -120,6 +122,12 @@ class UnfoldedConv(StandIn):
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.matrix.bias is None else self.matrix.bias.to(dtype)
 
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:  # noqa: ANN401
+        """As any module's; where a network is walked (`memo`) inside `as_leaves`, itself alone."""
+        every = super().named_modules(memo, prefix, remove_duplicate)
+        alone = UnfoldedConv._as_leaf and memo is not None
+        return (found for found in every if found[1] is self) if alone else every
+
     def put_back(self) -> nn.Module:
         """See `StandIn.put_back`."""
         kind = next(plain for plain, own in _STAND_INS.items() if type(self) is own)
@@ -156,6 +164,16 @@ class UnfoldedConv2d(UnfoldedConv, nn.Conv2d):  # type: ignore[override]  # its 
 
 class UnfoldedConv3d(UnfoldedConv, nn.Conv3d):  # type: ignore[override]  # its parameters are views here
     """Over three axes."""
+
+
+@contextmanager
+def as_leaves() -> Iterator[None]:
+    """Inside, a stand-in's matrix is no module of its own to code that walks a network, as a convolution has none."""
+    before, UnfoldedConv._as_leaf = UnfoldedConv._as_leaf, True
+    try:
+        yield
+    finally:
+        UnfoldedConv._as_leaf = before
 
 
 def convolutions(root: nn.Module) -> dict[nn.Module, UnfoldedConv]:
