@@ -138,8 +138,11 @@ def rows(found: "PipelineEvaluation") -> list[tuple[str, Any]]:
         ("read by", found.classifier),
         ("class accuracy", _beside(found.accuracy, found.reference_accuracy, "{:.1f} %")),
         ("reads as full precision's", None if found.agreement is None else f"{found.agreement:.1f} %"),
-        ("Fréchet distance", _beside(found.frechet_to_data, found.reference_frechet_to_data, "{:.3f}")),
-        ("to full precision's", _beside(found.frechet_to_reference, None, "{:.3f}")),
+        (
+            "Fréchet distance to real pictures",
+            _beside(found.frechet_to_data, found.reference_frechet_to_data, "{:.3f}"),
+        ),
+        ("Fréchet distance to full precision's", _beside(found.frechet_to_reference, None, "{:.3f}")),
         ("true bits per weight", bits),
         ("size", f"{size(found.stored_bytes)} of tensors{disk}"),
         ("peak memory", f"{size(found.peak_bytes)} ({found.peak_holds})"),

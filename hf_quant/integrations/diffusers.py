@@ -167,8 +167,9 @@ class Quantizer(DiffusersQuantizer):  # type: ignore[misc]  # an untyped base
         if not safe_serialization:
             raise NotSupported("quantized models are saved as safetensors only: leave safe_serialization=False out")
         if adapted := [key for key in state_dict if ".base_layer." in key]:
+            name = adapted[0].partition(".base_layer.")[0]
             raise NotSupported(
-                f"{adapted[0].partition('.base_layer.')[0]} holds an adapter, and a model saved with one does not load: "
+                f"{name} holds an adapter, and a model that is saved with one does not load: "
                 "save it beside the model (pipeline.save_lora_weights) and take it off (unload_lora_weights), after "
                 "fuse_lora if it is to stay in the weights"
             )

@@ -84,7 +84,7 @@ def _leave(safe_merge: bool = False, adapter_names: list[str] | None = None) -> 
 
 
 def _offload_convolutions_once() -> None:
-    """Offloaded leaf by leaf, a convolution's stand-in and the matrix in it would each be a group with the same tensors.
+    """Offloaded leaf by leaf, a convolution's stand-in would be a group, and the matrix in it another of its tensors.
 
     On disk, the second group's file then has what was in memory after the first had emptied them.
     """

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import hf_quant
 from hf_quant import QuantConfig
 from hf_quant.cli.app import app
-from hf_quant.cli.evaluate_pipeline import classifier_beside
+from hf_quant.cli.evaluate_pipeline import classifier_beside, rows
 from hf_quant.diffusion.drawing_test import noise, small_dit, unet_pipeline
 from hf_quant.diffusion.loading_pipeline import load_pipeline
 from hf_quant.errors import CheckpointError, ConfigError, HfQuantError, RunError, UnsupportedModel
@@ -237,6 +237,7 @@ def test_command(saved: tuple[Path, Path], tmp_path: Path) -> None:
     people = CliRunner().invoke(app, words, catch_exceptions=False).stdout
     assert f"{found.psnr:.2f} dB" in people
     assert "seconds per image" in people
+    assert "Fréchet distance to full precision's" in dict(rows(found))  # its line may be the only one of the two
     log = ["--resume", str(tmp_path / "log"), "--json"]
     once, twice = (CliRunner().invoke(app, [*words, *log], catch_exceptions=False) for _ in range(2))
     assert once.stdout == twice.stdout, "nothing was left to draw"
