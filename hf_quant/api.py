@@ -148,7 +148,9 @@ def finetune(
     With `config.run_dir` a training that was cut off goes on from its last checkpoint. Processes that torchrun or
     `accelerate launch` started share each step's batch. What is learned and the frozen weights are shared out among
     them by `--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
-    --fsdp_cpu_ram_efficient_loading false`; all of them have the whole model before and after.
+    --fsdp_cpu_ram_efficient_loading false` or by DeepSpeed (`--use_deepspeed --zero_stage 3`; stages 1 and 2 share out
+    the optimizer alone; tested with 0.19); all of them have the whole model before and after. Under DeepSpeed load the
+    model in the type that it shall compute in: mixed precision would round what is learned.
 
     Raises:
         NotSupported: the method does not train.

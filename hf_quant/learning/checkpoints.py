@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import Trainer
 
 from hf_quant.errors import RunError, is_full
+from hf_quant.learning.shards import give_state, state_of
+from hf_quant.learning.zero import Groups
 
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 PART = "part"  # a folder beside them, where the next one is written
 
 
@@ -20,6 +24,21 @@ class WholeCheckpoints(Trainer):  # type: ignore[misc]  # an untyped base
 
     def _get_output_dir(self, trial: Any = None) -> str:  # noqa: ANN401
         return str(Path(self.args.output_dir) / PART)
+
+    stepped: Groups  # what the optimizer was made of
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = state_of(self.optimizer, self.stepped)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        give_state(self.optimizer, self.stepped, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ANN401
         folder = Path(self.args.output_dir)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_quant.errors import UnsupportedSpec
 from hf_quant.qtensor import QTensor
+from hf_quant.running.distributed import by_deepspeed
 from hf_quant.stages.fakequant import FakeQuant, Learned
 from hf_quant.stages.input_quant import InputQuant
 
@@ -21,6 +23,11 @@ class Student(nn.Module):
 
     def __init__(self, fake: FakeQuant, inputs: InputQuant | None, transposed: bool) -> None:
         super().__init__()
+        if by_deepspeed() and type(fake).before_step is not FakeQuant.before_step:
+            raise UnsupportedSpec(
+                f"{type(fake).__name__} changes gradients before a step (before_step), and DeepSpeed steps as soon as "
+                "it has them; train with FSDP (accelerate launch --use_fsdp --fsdp_version 2) or without either"
+            )
         self.fake, self.inputs, self.transposed, self.on = fake, inputs, transposed, True
         for parameter in self.parameters():
             parameter.data = parameter.data.contiguous()  # others cannot be shared out

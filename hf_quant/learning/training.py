@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_map_only
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from hf_quant.capture import answer, arguments_of
@@ -28,22 +27,24 @@ from hf_quant.learning.checkpoints import WholeCheckpoints
 from hf_quant.learning.evaluated import as_evaluated, recompute_as_evaluated
 from hf_quant.learning.kept import Offset, offsets, settled
 from hf_quant.learning.rows import ENTRY, collate, counted, rows_of, size_of, targets_of
-from hf_quant.learning.scaled import ScaledGradients
+from hf_quant.learning.scaled import scale_of
 from hf_quant.learning.shards import as_shared, gathered, mine, whole
 from hf_quant.learning.student import Student
 from hf_quant.learning.tuning import floating
 from hf_quant.learning.undone import own_accelerator, own_generators, own_modules, quiet
+from hf_quant.learning.zero import altered, hand_over
 from hf_quant.qtensor import QTensor
-from hf_quant.running.distributed import processes
+from hf_quant.running.distributed import by_deepspeed, processes
 from hf_quant.running.progress import inner
 from hf_quant.runtime.branches import Branch
 from hf_quant.runtime.conv import convolutions
+from hf_quant.stages.fakequant import FakeQuant
 from hf_quant.stages.input_quant import InputQuant
 from hf_quant.stages.sampler import Batch
 from hf_quant.stages.trainer import Qat, Trained
 from hf_quant.stages.tuner import Fitted
 
-FILE, OPTIMIZER, SCHEDULER = "rounding.safetensors", "optimizer.pt", "scheduler.pt"
+FILE = "rounding.safetensors"
 HISTORY = "history"  # [steps, 2]: loss and tokens of every step, beside what is learned
 
 
@@ -103,21 +104,22 @@ def train(
                     if student.inputs and (found := student.inputs.fitted()) is not None:
                         ranges[name] = found
         kept = settled(tree, vectors)
-        learned = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         state = [mine(t) for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+        if by_deepspeed():
+            trainer.model_wrapped.destroy()  # it would keep all of it for as long as the process runs
     measured = {
         "steps": float(how.steps),
         "tokens": sum(tokens for _, tokens in history),
         "first_loss": history[0][0],
         "last_loss": sum(loss for loss, _ in history[-10:]) / len(history[-10:]),
         "seconds": time.perf_counter() - started,
-        "trained": float(sum(p.numel() for p in learned)),
+        "trained": float(sum(getattr(p, "ds_numel", p.numel()) for of in trainer.stepped for p in of)),
         "optimizer_bytes": float(sum(t.numel() * t.element_size() for t in state)),
     }
     return Trained(weights, measured, branches, ranges, said, kept)
 
 
-class _Trainer(ScaledGradients, WholeCheckpoints):
+class _Trainer(WholeCheckpoints):
     """transformers' Trainer with our loss, our parameter groups, and checkpoints of what is learned alone."""
 
     def __init__(
@@ -134,7 +136,7 @@ class _Trainer(ScaledGradients, WholeCheckpoints):
         keep: bool,
     ) -> None:
         self.how, self.students, self.vectors, self.others = how, students, vectors, others
-        self.history: list[tuple[float, float]] = []
+        self.scale, self.history = scale_of(model), list[tuple[float, float]]()
         self.bar = iter(inner(range(how.steps), description="steps", total=how.steps))
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -142,14 +144,14 @@ class _Trainer(ScaledGradients, WholeCheckpoints):
             per_device_train_batch_size=how.batch_size // processes(),
             lr_scheduler_type="constant_with_warmup" if how.schedule == "constant" else how.schedule,
             warmup_steps=how.steps // 10,
-            max_grad_norm=how.clip,
+            max_grad_norm=how.clip * self.scale,
             save_strategy="steps" if keep else "no",
             save_steps=max(1, how.steps // 10),
             logging_strategy="no",
             disable_tqdm=True,
             report_to=[],
             seed=seed,
-            use_cpu=next(model.parameters()).device.type == "cpu",
+            use_cpu=next(model.parameters()).device.type == "cpu" and not by_deepspeed(),
             remove_unused_columns=False,
             ddp_broadcast_buffers=False,  # frozen weights are among them, and alike everywhere
         )
@@ -160,6 +162,7 @@ class _Trainer(ScaledGradients, WholeCheckpoints):
         self.can_return_loss = True
         if (plugin := getattr(self.accelerator.state, "fsdp_plugin", None)) is not None:
             plugin.mixed_precision_policy = None  # it would round step sizes; `run_model` casts products alone
+        hand_over(self, arguments.max_grad_norm)
 
     def run(self) -> list[tuple[float, float]]:
         """Train, from the last checkpoint if there is one; loss and tokens of every step."""
@@ -182,8 +185,12 @@ class _Trainer(ScaledGradients, WholeCheckpoints):
         if self.vectors:
             groups.setdefault(self.how.lr_norms, []).extend(v.offset for v in dict.fromkeys(self.vectors.values()))
         self.optimizer = torch.optim.AdamW(
-            [{"params": p, "lr": rate} for rate, p in groups.items()], betas=(0.9, 0.95), weight_decay=0.0
+            [{"params": p, "lr": rate} for rate, p in groups.items()],
+            betas=(0.9, 0.95),
+            eps=1e-8 * self.scale,
+            weight_decay=0.0,
         )
+        self.stepped = list(groups.values())
         return self.optimizer
 
     def compute_loss(
@@ -285,29 +292,13 @@ class _Trainer(ScaledGradients, WholeCheckpoints):
             for name, tensor in self._learned().items():
                 tensor.copy_(as_shared(kept[name], tensor))
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        state = tree_map_only(Tensor, whole, self.optimizer.state_dict())
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for i, kept in state["state"].items():
-            state["state"][i] = {name: as_shared(tensor, parameters[i]) for name, tensor in kept.items()}
-        self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
-
     def _learned(self) -> dict[str, Tensor]:
-        rounded = {
-            f"{site}.{i}": parameter.data
+        rounded: dict[str, Tensor] = {
+            f"{site}.{i}": parameter
             for site, student in self.students.items()
             for i, (parameter, _) in enumerate(student.learned())
         }
-        return rounded | {path: vector.offset.data for path, vector in self.vectors.items()}
+        return rounded | {path: vector.offset for path, vector in self.vectors.items()}
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc]  # an untyped base
@@ -324,4 +315,6 @@ class _Steps(TrainerCallback):  # type: ignore[misc]  # an untyped base
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Parameters have moved."""
         for student in self.trainer.students.values():
-            student.fake.after_step()
+            if type(student.fake).after_step is not FakeQuant.after_step:
+                with altered(list(student.fake.parameters())):
+                    student.fake.after_step()

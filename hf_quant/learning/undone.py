@@ -27,8 +27,12 @@ def own_generators() -> Iterator[None]:
 
 @contextmanager
 def own_accelerator() -> Iterator[None]:
-    """The Trainer makes accelerate forget how it was set up, and sets it up its own way, for the whole process."""
+    """The Trainer makes accelerate forget how it was set up, and sets it up its own way, for the whole process.
+
+    Under ZeRO 3 transformers would share out every model that is loaded from then on, too.
+    """
     from accelerate.state import AcceleratorState, GradientState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     kept = [(s._shared_state, dict(s._shared_state)) for s in (PartialState, AcceleratorState, GradientState)]
     try:
@@ -37,6 +41,7 @@ def own_accelerator() -> Iterator[None]:
         for state, before in kept:
             state.clear()
             state.update(before)
+        unset_hf_deepspeed_config()
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """Data-parallel calibration: every process sees its share of the micro-batches, statistics are merged exactly.
 
-Training is data-parallel as well (`learning.training`), and shards what it learns under FSDP, which gathers the
-parameters of a block before it runs: roundings, and the teacher, see whole matrices.
+Training is data-parallel as well (`learning.training`), and shards what it learns under FSDP and DeepSpeed, which
+gather parameters before what they belong to runs: roundings, and the teacher, see whole matrices.
 """
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -31,8 +32,13 @@ def is_first() -> bool:
 
 
 def sharded() -> bool:
-    """Whether tensors are shared out among processes while a model is trained (FSDP)."""
-    return _asked("ACCELERATE_USE_FSDP")
+    """Whether tensors may be shared out among processes while a model is trained (FSDP, DeepSpeed)."""
+    return _asked("ACCELERATE_USE_FSDP") or by_deepspeed()
+
+
+def by_deepspeed() -> bool:
+    """Whether DeepSpeed steps, on copies of its own."""
+    return _asked("ACCELERATE_USE_DEEPSPEED")
 
 
 def _asked(name: str) -> bool:
@@ -41,27 +47,47 @@ def _asked(name: str) -> bool:
 
 def refuses_training(batch_size: int) -> str | None:
     """None when these processes can train together with as many rows a step, else the reason."""
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
-        return (
-            "DeepSpeed steps on copies of its own (ZeRO 1 and 2), which undoes what a rounding puts back after a step, "
-            "and ZeRO 3 has not been tried; use FSDP (accelerate launch --use_fsdp --fsdp_version 2)"
-        )
-    if sharded() and os.environ.get("FSDP_VERSION") != "2":
+    if by_deepspeed() and (refusal := _refuses_deepspeed()):
+        return refusal
+    if _asked("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") != "2":
         return (
             "training reads the parameters of a block whole and one by one, and FSDP's first version keeps one flat "
             "vector of them; use the second (accelerate launch --use_fsdp --fsdp_version 2)"
         )
-    if sharded() and _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if _asked("ACCELERATE_USE_FSDP") and _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         return (
             "every process calibrates and needs the weights, which are loaded by the first one alone; launch with "
             "--fsdp_cpu_ram_efficient_loading false"
         )
-    if processes() == 1:
+    if processes() == 1 and not by_deepspeed():
         return None
     if "LOCAL_RANK" not in os.environ:
-        return "training in several processes needs them started by torchrun or accelerate launch"
+        how = "in several processes" if processes() > 1 else "by DeepSpeed"
+        return f"training {how} needs them started by torchrun or accelerate launch"
     if batch_size % processes():
         return f"batch_size={batch_size} cannot be shared by {processes()} processes; give a multiple of that"
+    return None
+
+
+def _refuses_deepspeed() -> str | None:
+    """None when DeepSpeed can step as it is configured, else the reason."""
+    if find_spec("deepspeed") is None:
+        return (
+            "DeepSpeed is asked for and not installed: pip install deepspeed, or use FSDP (accelerate launch "
+            "--use_fsdp --fsdp_version 2)"
+        )
+    from accelerate.utils import DeepSpeedPlugin
+
+    asked = DeepSpeedPlugin().deepspeed_config
+    lower = [n for n in ("bf16", "fp16", "torch_autocast") if asked.get(n, {}).get("enabled") in (True, "true", "True")]
+    if lower or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        return (
+            "DeepSpeed's mixed precision rounds what is learned, step sizes too; load the model in bfloat16 and launch "
+            "with --mixed_precision no (and without bf16, fp16 or torch_autocast in DeepSpeed's config): what is "
+            "learned is float32, products are the model's"
+        )
+    if own := [name for name in ("optimizer", "scheduler") if name in asked]:
+        return f"training brings its own optimizer and schedule; take {' and '.join(own)} out of DeepSpeed's config"
     return None
 
 

@@ -48,7 +48,10 @@ class FakeQuant(nn.Module, ABC):
         return None
 
     def before_step(self) -> None:
-        """May change the gradients, which are those of the loss alone when `anneal` gave no penalty."""
+        """May change the gradients, which are those of the loss alone when `anneal` gave no penalty.
+
+        Of a float16 model all of them are a constant times as large.
+        """
 
     def after_step(self) -> None:
         """May put what was learned back to where it is allowed."""

@@ -125,6 +125,11 @@ class Qat:
             return f"{type(model).__name__} has no gradient checkpointing"
         if refusal := refuses_processes(self.batch_size):
             return refusal
+        if hasattr(next(model.parameters()), "ds_id"):
+            return (
+                "the model was shared out by DeepSpeed when it was loaded, and every process calibrates and needs the "
+                "weights; load it before an Accelerator is made, or launch with --zero3_init_flag false"
+            )
         if layer.inputs is not None and layer.inputs.power != 1:
             return "inputs with scales for columns cannot be trained with"
         refusal = self.rounding.refuses(layer.weights) or refuses_inputs(layer.inputs)
