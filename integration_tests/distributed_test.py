@@ -22,7 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 import hf_quant
 from hf_quant.config import QuantConfig
-from hf_quant.errors import UnsupportedSpec
+from hf_quant.errors import CalibrationError, UnsupportedSpec
 from hf_quant.learning import training
 from hf_quant.learning.shards import whole
 from hf_quant.pipeline_test import same, small_llama, state
@@ -58,6 +58,20 @@ def test_two_processes_give_the_bytes_of_one(method: str, tmp_path: Path) -> Non
     alone = quantized(method)
     for rank in (0, 1):
         assert same(torch.load(tmp_path / f"out.{rank}"), alone), f"rank {rank} differs from one process"
+
+
+def alike(rank: int, meeting: str) -> None:
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    with pytest.raises(CalibrationError, match="2 processes cannot share 1 micro-batches"):
+        hf_quant.quantize(
+            small_llama(layers=1), QuantConfig("gptq", group_size=16), data=[{"input_ids": IDS}], progress=False
+        )
+    dist.destroy_process_group()
+
+
+def test_one_batch_is_too_few_for_two_processes(tmp_path: Path) -> None:
+    """Told in both, so that neither waits for what the other will not send."""
+    mp.start_processes(alike, (str(tmp_path / "meet"),), nprocs=2, start_method="fork")
 
 
 LR_QAT = {"bits": 3, "group_size": 16, "rank": 4, "block_steps": 0, "steps": 4, "lr": 0.05}

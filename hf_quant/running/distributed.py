@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from hf_quant.errors import CalibrationError
 from hf_quant.stats import Stat, State, merge
 
 T = TypeVar("T")
@@ -92,8 +93,18 @@ def _refuses_deepspeed() -> str | None:
 
 
 def my_share(batches: Sequence[T]) -> list[T]:
-    """Every n-th micro-batch; each process gets at least one."""
-    return list(batches)[dist.get_rank() :: processes()] if processes() > 1 else list(batches)
+    """Every n-th micro-batch; each process gets at least one.
+
+    Raises:
+        CalibrationError: there are fewer than processes (in all of them alike: none waits for another).
+    """
+    several = processes()
+    if 0 < len(batches) < several:
+        raise CalibrationError(
+            f"{several} processes cannot share {len(batches)} micro-batches, of which each needs one; give "
+            "smaller ones, more data, or start fewer processes"
+        )
+    return list(batches)[dist.get_rank() :: several] if several > 1 else list(batches)
 
 
 def union(mine: set[T]) -> set[T]:
