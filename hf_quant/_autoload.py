@@ -16,6 +16,7 @@ INTEGRATIONS = {
     "transformers.quantizers.auto": "hf_quant.integrations.transformers",
     "diffusers.quantizers.auto": "hf_quant.integrations.diffusers",
     "diffusers.pipelines.pipeline_utils": "hf_quant.integrations.pipelines",
+    "diffusers.loaders.single_file_utils": "hf_quant.integrations.single_file",
     # When transformers' registry is what imports torch, it is half-way through by the time we run; this comes later.
     "transformers.modeling_utils": "hf_quant.integrations.transformers",
     "peft.tuners.lora.model": "hf_quant.integrations.peft",

@@ -23,7 +23,7 @@ from torch import nn
 
 import hf_quant
 from hf_quant import QuantConfig
-from hf_quant.errors import UnsupportedModel
+from hf_quant.errors import NotSupported, UnsupportedModel
 from hf_quant.runtime.linear import QuantLinear
 
 CONFIG = QuantConfig("rtn", bits=4, group_size=16)
@@ -216,6 +216,18 @@ def test_a_single_file(folders: Path, tmp_path: Path) -> None:
     assert torch.equal(output(model), want)
     model.save_pretrained(tmp_path)
     assert torch.equal(output(FluxTransformer2DModel.from_pretrained(tmp_path)), want)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_a_packed_single_file_is_refused(folders: Path, tmp_path: Path, name: str) -> None:
+    """Diffusers renames its tensors as an original checkpoint's: an IndexError, or layers without data."""
+    kind = MODELS[name][0]
+    kind.from_pretrained(folders / name, quantization_config=CONFIG).save_pretrained(tmp_path)
+    file = str(tmp_path / "diffusion_pytorch_model.safetensors")
+    for config in (tmp_path, folders / name):
+        for given in ({}, {"quantization_config": CONFIG}):
+            with pytest.raises(NotSupported, match=r"holds packed layers.*from_pretrained"):
+                kind.from_single_file(file, config=str(config), **given)
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level", "disk"])
