@@ -1,6 +1,7 @@
 """Drawing: pictures of a diffusion pipeline from given noise, and what its network is called with on the way."""
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -142,12 +143,17 @@ class Drawing:
             try:
                 return pipeline(**given)
             except (TypeError, ValueError) as error:
-                if isinstance(error, HfQuantError):
+                if isinstance(error, HfQuantError) or _in_a_network(error):
                     raise
                 raise ConfigError(
                     f"{type(pipeline).__name__} cannot be called with {', '.join(given)}: {error!s:.300}; what else "
                     "it needs goes into arguments={...}"
                 ) from error
+
+
+def _in_a_network(error: Exception) -> bool:
+    """Whether a module's forward raised it, for which no argument of the pipeline is to blame."""
+    return any(frame.f_code.co_name == "forward" for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 @dataclass(frozen=True, slots=True)

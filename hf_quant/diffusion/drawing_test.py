@@ -99,6 +99,10 @@ def test_arguments_of_the_call() -> None:
     assert calls == [(["a", "b", "a"], ["ugly"] * 3)]
     with pytest.raises(ConfigError, match=r"Texts cannot be called with .*incorrect format.*arguments=\{"):
         Drawing(prompts=["a"]).run(pipeline, [0], noise(0), "latent")
+    broken = unet_pipeline()
+    broken.unet.conv_in.forward = lambda x: len(None)  # type: ignore[method-assign,arg-type]
+    with pytest.raises(TypeError, match="has no len"):
+        Drawing().run(broken, [0], noise(0), "latent")
     for argument, message in (("latents", "noise of its own"), ("num_inference_steps", "give steps")):
         with pytest.raises(ConfigError, match=message):
             Drawing(prompts=["a"], arguments={argument: 1}).check(pipeline)
