@@ -101,11 +101,16 @@ class Drawing:
     def draw(self, pipeline: Any, numbers: Sequence[int], noise: torch.Generator | list[torch.Generator]) -> Tensor:  # noqa: ANN401
         """These pictures, `[n, H, W, C]` in 0 .. 1, from the noise of one generator, or one a picture.
 
+        Of a video it is the frame in the middle.
+
         Raises:
             UnsupportedModel: what comes out are no pictures.
             RunError: they are not finite.
         """
-        drawn = getattr(self.run(pipeline, numbers, noise, "pt"), "images", None)  # as arrays there is no bfloat16
+        found = self.run(pipeline, numbers, noise, "pt")  # as arrays there is no bfloat16
+        drawn, video = getattr(found, "images", None), getattr(found, "frames", None)
+        if drawn is None and video is not None:
+            drawn = video[:, video.shape[1] // 2]
         if drawn is None:
             raise UnsupportedModel(f"{type(pipeline).__name__} gives no images")
         known = isinstance(drawn, Tensor)  # some give arrays all the same, with the channels last

@@ -52,6 +52,19 @@ def test_a_picture_depends_on_its_own_noise_alone() -> None:
     assert not torch.equal(both[0], both[1])
 
 
+def test_of_a_video_the_frame_in_the_middle_is_drawn() -> None:
+    """Videos are `[n, frames, C, H, W]`, or arrays with the channels last."""
+    frames = torch.rand(2, 5, 3, 8, 8)
+
+    class Video(DDIMPipeline):  # type: ignore[misc]
+        def __call__(self, batch_size, num_inference_steps, generator, output_type):  # type: ignore[no-untyped-def]
+            return SimpleNamespace(frames=self.found)
+
+    pipeline = Video(unet_pipeline().unet, DDIMScheduler())
+    for pipeline.found in (frames, frames.permute(0, 1, 3, 4, 2).numpy()):
+        assert torch.equal(Drawing().draw(pipeline, [0, 1], noise(0, 1)), frames[:, 2].permute(0, 2, 3, 1))
+
+
 def test_calls_are_watched_as_they_were_made() -> None:
     pipeline, calls = unet_pipeline(), list[Call]()
     network = backbone(pipeline)
