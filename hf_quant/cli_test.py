@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hf_quant.cli import options
 from hf_quant.cli.explain import _spans
 from hf_quant.cli.methods import describe
 from hf_quant.cli.output import size
+from hf_quant.measure import leaderboard as board
 from hf_quant.method import list_methods
 from hf_quant.recipe import Recipe
 
@@ -191,3 +193,26 @@ def test_tuning_without_a_gpu_says_so(run, tmp_path: Path) -> None:
     code, _, err = run("tune", tmp_path)
     assert code == 1
     assert "there is no cuda here" in err
+
+
+def test_a_leaderboard_names_the_command_that_gives_it_again(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = board.Row(
+        method="rtn", asked=4, bits=4.1, kl=0.1, kl_error=0.0, top1=9.0, seconds=1.0, peak_bytes=1, bytes_on_disk=1
+    )
+    contests: list[board.Contest] = []
+
+    def measured(contest: board.Contest, *_: object) -> list[board.Row]:
+        contests.append(contest)
+        return [row]
+
+    monkeypatch.setattr(board, "run", measured)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    given = ["model", "ids.npy", "out", "-b", "4", "-m", "rtn"]
+    for more in ((), ("--tokens", 4096, "--seed", 2), ("-g", 64, "--window", 128, "-c", "calib.npy")):
+        assert run("leaderboard", *given, *more)[0] == 0
+        command = json.loads((tmp_path / "out" / "leaderboard.json").read_text())["command"]
+        assert run(*shlex.split(command)[1:])[0] == 0
+        assert contests[-1] == contests[-2], command

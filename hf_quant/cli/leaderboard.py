@@ -2,6 +2,8 @@
 
 import json
 import shlex
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ from hf_quant.cli.output import Json, show, size, table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hf_quant.measure.leaderboard import Contest
     from hf_quant.method import Method
 
 COLUMNS = ("", "method", "asked", "true bits", "KL", "+-", "top-1 %", "seconds", "memory", "on disk")
@@ -68,15 +71,22 @@ def command(
     )
     chosen = _methods(methods)
     rows = board.run(contest, board.entries(chosen, widths), out)
-    words = ["hf-quant", "leaderboard", Path(model).name, data.name, out.name, "--bits", bits]
-    words += [] if calibration is None else ["-c", calibration.name]
-    words += [] if group_size is None else ["-g", str(group_size)]
-    words += [w for name in methods or () for w in ("-m", name)]
-    found = board.result(contest, rows, shlex.join(words))
+    found = board.result(contest, rows, _line(contest, out, bits, methods or ()))
     (out / "leaderboard.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "leaderboard.md").write_text(_markdown(found))
     board.save_plot(rows, f"KL to full precision of {found['model']}, nats a token", out / "leaderboard.png")
     show(found, as_json, lambda console: _draw(console, found))
+
+
+def _line(contest: "Contest", out: Path, bits: str, methods: Sequence[str]) -> str:
+    """The command that gives these rows again; of files and folders only their names."""
+    words = ["hf-quant", "leaderboard", Path(contest.model).name, contest.held_out.name, out.name, "--bits", bits]
+    words += [] if contest.calibration is None else ["-c", contest.calibration.name]
+    for field in fields(contest):
+        value = getattr(contest, field.name)
+        if field.name in ("group_size", "window", "tokens", "seed") and value != field.default:
+            words += ["--" + field.name.replace("_", "-"), str(value)]
+    return shlex.join(words + [w for name in methods for w in ("-m", name)])
 
 
 def _widths(text: str) -> list[int]:

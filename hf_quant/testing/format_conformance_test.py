@@ -88,7 +88,9 @@ class Sloppy:
     def run(self, x_TK: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
         return (
             x_TK
-            @ QTensor(tensors["qweight"], tensors["scale"].to(torch.float8_e5m2).float(), None, layer.weights, layer.shape)
+            @ QTensor(
+                tensors["qweight"], tensors["scale"].to(torch.float8_e5m2).float(), None, layer.weights, layer.shape
+            )
             .dequantize(x_TK.dtype)
             .T
         )
