@@ -163,7 +163,9 @@ def _row(known: Known, claims: Mapping[str, Sequence[Claim]], registered: Mappin
     papers = [registered[i].paper.arxiv for i in known.ids if i in registered]
     arxiv = next((p for p in papers if p), known.arxiv)
     title = f"[{_cell(known.title)}](https://arxiv.org/abs/{arxiv})" if arxiv else _cell(known.title)
-    return f"| `{known.id}` | {title} | {_cell(known.claim)} | {_verdict(known, claims, registered)[1]} |"
+    variants = "".join(f" `{i}`" for i in known.registered_as)
+    name = f"`{known.id}`" + (f" (+{variants})" if variants else "")
+    return f"| {name} | {title} | {_cell(known.claim)} | {_verdict(known, claims, registered)[1]} |"
 
 
 def _checked(claim: Claim) -> str:

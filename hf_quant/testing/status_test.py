@@ -43,7 +43,7 @@ def text() -> str:
     kept["variant"] = [claims.order("variant", "lower", ours=[1.0], theirs=[2.0])]
     sections = {
         "One": [known("good"), known("bad"), known("absent")],
-        "Two": [known("parent", "variant"), known("mute")],
+        "Two": [known("parent", "variant", "unbuilt"), known("mute")],
     }
     methods = [Named(i) for i in ("good", "bad", "variant", "mute", "unlisted")]
     return page(sections, kept, methods)  # type: ignore[arg-type]
@@ -54,6 +54,7 @@ def test_every_method_is_listed_with_what_came_out(text: str) -> None:
     assert "**not reproduced at this scale** (1 of 2 hold)" in row(text, "bad")
     assert "| not built |" in row(text, "absent")
     assert "reproduced (1 of 1, as `variant`)" in row(text, "parent")
+    assert row(text, "parent").startswith("| `parent` (+ `variant` `unbuilt`) |"), "variants too are listed"
     assert "built, no claim kept" in row(text, "mute")
     assert "built, no claim kept" in row(text.split("## Registered beside the catalogue")[1], "unlisted")
     assert "| reproduced | not reproduced at this scale | not built | not checked | all |" in text
@@ -90,6 +91,11 @@ def test_claims_that_were_never_measured_are_told(tmp_path: Path) -> None:
     assert waiting == ["plugins/a_test.py::test_waits"]
     assert "## Not measured yet" not in page({}, {}, ())
     assert page({}, {}, (), waiting).endswith("\n- `plugins/a_test.py::test_waits`\n")
+
+
+def test_every_id_of_the_catalogue_is_on_the_page() -> None:
+    text = page(catalogue(), {}, ())
+    assert [i for known in catalogue().values() for k in known for i in k.ids if f"`{i}`" not in text] == []
 
 
 def test_ids_are_listed_once() -> None:
