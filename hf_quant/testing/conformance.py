@@ -31,9 +31,14 @@ from hf_quant import QuantConfig
 from hf_quant.errors import CalibrationError, ConfigError, HfQuantError, UnsupportedModel
 from hf_quant.ledger import count_bits, true_bits
 from hf_quant.method import DOMAINS, Method
+from hf_quant.qtensor import without_outer
 from hf_quant.recipe import HfQuantizer, Recipe
 from hf_quant.report import Report
 from hf_quant.running.run_dir import RunDir
+from hf_quant.stages.objective import Quadratic
+from hf_quant.stages.range import AbsMaxRange
+from hf_quant.stages.solver import Nearest
+from hf_quant.testing.layers import correlated_layer
 from hf_quant.testing.stranger import Stranger
 from hf_quant.testing.subjects import SUBJECTS, Subject
 
@@ -119,6 +124,20 @@ def its_signature_is_its_configuration(method: Method, _: Path) -> None:
     assert recipe == again
     assert hash(recipe) == hash(again)
     assert eval(repr(recipe), vocabulary(recipe)) == recipe
+
+
+def its_solver_gets_what_it_minimizes(method: Method, _: Path) -> None:
+    """A recipe without an objective has a solver with no use for one: GPTQ would round to nearest and say nothing."""
+    recipe = QuantConfig(method.id, **brief(method)).quantizer()
+    if not isinstance(recipe, Recipe) or recipe.objective is not None or isinstance(recipe.solver, Nearest):
+        return
+    W_NK, H_KK, _D = correlated_layer(16, 64)
+    inner, spec, _outer = without_outer(W_NK, recipe.weights)
+    alone, told = (recipe.solver.solve(inner, spec, AbsMaxRange(), q) for q in (None, Quadratic(H_KK)))
+    name = type(recipe.solver).__name__
+    assert alone.codes.equal(told.codes), (
+        f"{name} minimizes an objective, and the recipe has none: objective=LayerMse()"
+    )
 
 
 def vocabulary(value: object) -> dict[str, type]:
@@ -281,6 +300,7 @@ def _domains(method: Method, folder: Path, subjects: Sequence[Subject]) -> None:
 CHECKS: tuple[Check, ...] = (
     says_what_it_is,
     its_signature_is_its_configuration,
+    its_solver_gets_what_it_minimizes,
     refuses_impossible_arguments,
     refuses_before_any_work,
     runs_saves_and_loads,
