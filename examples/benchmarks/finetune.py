@@ -10,7 +10,8 @@ Peers are trained by the same loss: `peft-nf4` is QLoRA as PEFT does it on bitsa
 the codes, as qlora's does; `torchao-qat` is its `QATConfig` over `IntxWeightOnlyConfig`, symmetric as it must be, from
 rounding to nearest (an environment of its own: `pip install --no-deps torchao`).
 
-Rows of an earlier run with the same settings are kept; the table lies beside the JSON.
+Rows of an earlier run with the same settings are kept; the table lies beside the JSON. A method that is given a budget
+(`lr-qat:budget=3.29 bits`) shares out as many bits among layers, and stands beside gptq's uniform ones.
 
     python finetune.py MODEL CALIBRATION.npy TEST.npy --bits 3 2 --steps 40
     python finetune.py MODEL CALIBRATION.npy TEST.npy --bits 3 2 --steps 40 --equal time
@@ -24,6 +25,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8192, help="evaluation tokens")
     parser.add_argument("--dtype", default="float32", help="of the model while it is quantized and trained")
+    parser.add_argument("--products", default="highest", help="of float32 while training; medium: bfloat16")
     parser.add_argument("--again", action="store_true", help="measure rows again that are there")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "finetune.json")
     given = parser.parse_args()
@@ -153,10 +156,12 @@ def ours(
     extra = {"steps": much, "batch_size": given.batch_size} if asked.trains else {}
     if asked.method == "gptq-refined":
         extra = {"rounds": much}
-    config = hf_quant.QuantConfig(asked.method, bits=bits, group_size=given.group_size, **extra, **asked.arguments)
+    width = {} if "budget" in asked.arguments else {"bits": bits}
+    config = hf_quant.QuantConfig(asked.method, group_size=given.group_size, **width, **extra, **asked.arguments)
     run = hf_quant.finetune if asked.trains else hf_quant.quantize
     began, wall = time.process_time(), time.perf_counter()
-    report = run(model, config, data=ids, progress=False)
+    with products(given.products):
+        report = run(model, config, data=ids, progress=False)
     seconds, wall = time.process_time() - began, time.perf_counter() - wall
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -179,7 +184,8 @@ def peft_nf4(
     )
     base = AutoModelForCausalLM.from_pretrained(given.model, quantization_config=config, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    told = distilled(given, model, original, ids, much, float(asked.arguments.get("lr", 1e-3)))
+    with products(given.products):
+        told = distilled(given, model, original, ids, much, float(asked.arguments.get("lr", 1e-3)))
     size = 4 + 8 / 64 + 32 / (64 * 256) + 16 * told["trained"] / matrices(original)
     return {"much": much, **judge(model.eval()), "true_bits": round(size, 4), **told}
 
@@ -201,7 +207,8 @@ def torchao_qat(
     for name, module in model.named_modules():
         if matrix(module, name):
             module.weight.requires_grad_(True)
-    told = distilled(given, model, original, ids, much, float(asked.arguments.get("lr", 1e-4)))
+    with products(given.products):
+        told = distilled(given, model, original, ids, much, float(asked.arguments.get("lr", 1e-4)))
     quantize_(model, QATConfig(config, step="convert"), filter_fn=matrix)
     size = bits + 16 / given.group_size
     return {"much": much, **judge(model.eval()), "true_bits": round(size, 4), **told, "torchao": version("torchao")}
@@ -249,6 +256,16 @@ def batches(ids: Tensor, size: int) -> Iterator[Tensor]:
             yield ids[rows]
 
 
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Multiply float32 so; what is measured is multiplied exactly, before and after."""
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def measured(given: argparse.Namespace, model: nn.Module, at: str, test: Tensor) -> dict:
     found = evaluate(model, at, test, window=given.window, tokens=given.tokens, progress=False)
     return {
@@ -262,7 +279,7 @@ def measured(given: argparse.Namespace, model: nn.Module, at: str, test: Tensor)
 
 def settings(given: argparse.Namespace) -> dict:
     """What all rows of a file have in common."""
-    names = ("group_size", "steps", "batch_size", "rows", "window", "tokens", "dtype")
+    names = ("group_size", "steps", "batch_size", "rows", "window", "tokens", "dtype", "products")
     files = {"model": Path(given.model).name, "calibration": given.calibration.name, "test": given.test.name}
     return files | {n: getattr(given, n) for n in names}
 
