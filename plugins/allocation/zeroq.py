@@ -53,15 +53,15 @@ class Distilled(MadeUp):
         if size is None:
             raise CalibrationError(f"{type(model).__name__} takes no images, the only data that zeroq makes up")
         shape = (self.samples, config.num_channels, *((size, size) if isinstance(size, int) else size))
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).device)
         norms = [m for m in model.modules() if is_norm(m)]
         real = None if data is None else TextSampler().sample(data, processor, seed, model)
         with torch.no_grad():
             targets = remembered(norms, x) if real is None else moments(model, norms, real[0]["pixel_values"].to(x))
-        return [{"pixel_values": self.distil(model, norms, targets, x).detach()}]
+        return [{"pixel_values": self.distil(model, norms, targets, x).detach().to(next(model.parameters()).dtype)}]
 
     def distil(self, model: nn.Module, norms: list[nn.Module], targets: Moments, x: Tensor) -> Tensor:
-        """Adam on the images; the model is frozen."""
+        """Adam on the images, in float32 whatever the model is in: its epsilon is 0 in float16; the model is frozen."""
         with differentiable(model, []):
             x = x.detach().clone().requires_grad_(True)
             adam = torch.optim.Adam([x], lr=self.rate)
@@ -83,7 +83,7 @@ def remembered(norms: list[nn.Module], x: Tensor) -> Moments:
     for norm in norms:
         gain: Any = norm.weight
         bias: Any = getattr(norm, "bias", None)
-        found.append((torch.zeros_like(gain) if bias is None else bias.detach(), gain.detach().abs()))
+        found.append((x.new_zeros(gain.shape) if bias is None else bias.detach().float(), gain.detach().float().abs()))
     return found
 
 
@@ -96,7 +96,7 @@ def moments(model: nn.Module, norms: list[nn.Module], x: Tensor) -> Moments:
 
     handles = [norm.register_forward_hook(hook) for norm in norms]
     try:
-        run_model(model, {"pixel_values": x}, x.device)
+        run_model(model, {"pixel_values": x.to(next(model.parameters()).dtype)}, x.device)
     finally:
         for handle in handles:
             handle.remove()
@@ -104,7 +104,7 @@ def moments(model: nn.Module, norms: list[nn.Module], x: Tensor) -> Moments:
 
 
 def _moments(x: Tensor, channel: int) -> tuple[Tensor, Tensor]:
-    flat = x.movedim(channel, 0).flatten(1)
+    flat = x.float().movedim(channel, 0).flatten(1)
     return flat.mean(1), flat.std(1)
 
 

@@ -60,3 +60,16 @@ def test_a_model_that_takes_no_images_is_told_so() -> None:
     )
     with pytest.raises(CalibrationError, match="takes no images"):
         hf_quant.quantize(LlamaForCausalLM(config), QuantConfig("zeroq"), progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_for_a_model_of_half_precision(dtype: torch.dtype) -> None:
+    model = vit().to(dtype)
+    norms = [m for m in model.modules() if is_norm(m)]
+    noise = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    ((images,),) = [tuple(b.values()) for b in Distilled(steps=60).sample(None, None, 0, model)]
+    assert images.dtype == dtype
+    with torch.no_grad():
+        targets = remembered(norms, noise)
+        before, after = (float(distance(moments(model, norms, x), targets)) for x in (noise, images))
+    assert after < before / 2
