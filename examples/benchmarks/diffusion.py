@@ -45,7 +45,11 @@ SETTINGS: dict[str, dict[str, int]] = {  # A16: inputs are not rounded
     "W4A4": {"bits": 4, "act_bits": 4},
 }
 DRAWN = {"digits-unet": {}, "digits-dit": {"class_labels": range(10), "guidance": 1.5}}
-WEIGHTS_ALONE = {"rtn": {"group_size": 64}, "gptq": {"group_size": 64}}  # as the other methods have it
+WEIGHTS_ALONE = {  # in groups as the other methods have them
+    "rtn": {"group_size": 64},
+    "gptq": {"group_size": 64},
+    "brecq": {"group_size": 64, "steps": 150},
+}
 METHODS = {  # what is not the method's default, so that a row takes minutes on one core
     **WEIGHTS_ALONE,
     "int8-default": {},
@@ -55,6 +59,7 @@ METHODS = {  # what is not the method's default, so that a row takes minutes on 
     "qdrop": {"steps": 150},
     "q-diffusion": {},
     "tfmq-dm": {"iterations": 500},
+    "tfm-framework": {"iterations": 500},
     "svdquant": {"rank": 4},  # where layers are 64 to 128 wide, the branch of rank 32 alone takes 21 bits a weight
 }
 NOISE = 50_000  # seed of the first picture
