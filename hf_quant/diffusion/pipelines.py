@@ -47,6 +47,8 @@ def networks(pipeline: Any) -> dict[str, nn.Module]:  # noqa: ANN401
 def configs_of(pipeline: Any, config: object) -> dict[str, QuantConfig]:  # noqa: ANN401
     """Component -> its config, in the order given; one config alone is that of every network that denoises.
 
+    The mapping of diffusers' PipelineQuantizationConfig is such a mapping, too.
+
     Raises:
         ConfigError: no such component, no QuantConfig.
         UnsupportedModel: nothing in it denoises, so its components have to be named.
@@ -60,9 +62,10 @@ def configs_of(pipeline: Any, config: object) -> dict[str, QuantConfig]:  # noqa
                 f"{', '.join(there) or 'none'}"
             )
         return dict.fromkeys(found, config)
+    config = getattr(config, "quant_mapping", None) or config
     if not isinstance(config, Mapping) or not config:
         raise ConfigError(
-            f"a pipeline takes a QuantConfig for what denoises, or {{component: QuantConfig}}, not {config!r:.60}"
+            f"a pipeline takes a QuantConfig for what denoises, or {{component: QuantConfig}}, not {type(config).__name__}"
         )
     for component, own in config.items():
         if component not in there:

@@ -212,7 +212,8 @@ def test_trajectories_have_the_steps_that_are_asked_for() -> None:
 def test_several_components_one_folder_to_resume_from(tmp_path: Path) -> None:
     pipeline = dit_pipeline()
     config = QuantConfig("rtn", bits=4, group_size=32, run_dir=tmp_path)
-    hf_quant.quantize(pipeline, {"transformer": config, "vae": config}, progress=False)
+    both = PipelineQuantizationConfig(quant_mapping={"transformer": config, "vae": config})
+    hf_quant.quantize(pipeline, both, progress=False)
     assert packed(pipeline.transformer)
     assert packed(pipeline.vae)
 
@@ -246,7 +247,7 @@ def test_refusals_before_any_work() -> None:
         ({"transfomer": RTN}, {}, ConfigError, "did you mean 'transformer'"),
         ({"scheduler": RTN}, {}, ConfigError, "no network 'scheduler'"),
         ({"transformer": "rtn"}, {}, ConfigError, "transformer: a QuantConfig, not str"),
-        ("rtn", {}, ConfigError, "component: QuantConfig"),
+        ("rtn", {}, ConfigError, "component: QuantConfig}, not str"),
         (INT8, {}, ConfigError, "draws from classes"),
         (INT8, {"class_labels": [1], "arguments": {"hight": 3}}, ConfigError, "takes no hight"),
         (INT8, {"prompts": ["a dog"]}, ConfigError, "takes no prompts|draws from classes"),

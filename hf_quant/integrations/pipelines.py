@@ -115,7 +115,7 @@ def refuse(config: object, networks: Callable[[], list[str]], given: Mapping[str
         raise ConfigError(
             "a pipeline is loaded with a config for each component: quantization_config=PipelineQuantizationConfig("
             f"quant_mapping={{'transformer': {config!r}}}), or 'unet' where that denoises; or load it and call "
-            "hf_quant.quantize(pipeline, config), which finds what denoises"
+            "hf_quant.quantize(pipeline, config), which finds what denoises and calibrates methods that need data"
         )
     mapping, ours = _named(config)
     if not ours:
