@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,6 @@ from hf_quant import QuantConfig
 from hf_quant.report import Report
 
 ROOT = Path(__file__).parents[1]
-CALIBRATION = ROOT / "examples" / "data" / "tiny_calib.npy"
 HELD_OUT = ROOT / "examples" / "data" / "tiny_test.npy"
 TOKENS = torch.arange(96).reshape(2, 48)
 
@@ -49,10 +49,20 @@ def run(*words: object) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_lm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quarter of what a run reads as it comes: these tests run it five times."""
+    file = tmp_path_factory.mktemp("data") / "tiny_calib.npy"
+    np.save(file, np.load(ROOT / "examples" / "data" / "tiny_calib.npy")[:32])
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(
+    calibration: Path, tiny_lm_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, object]]:
     """Four bits by gptq with an eight-bit layer, measured; and what the command said."""
     folder = tmp_path_factory.mktemp("made") / "tiny-4bit"
-    words = ["quantize", tiny_lm_path, folder, "-m", "gptq", "-b", 4, "-g", 64, "-c", CALIBRATION, "-e", HELD_OUT]
+    words = ["quantize", tiny_lm_path, folder, "-m", "gptq", "-b", 4, "-g", 64, "-c", calibration, "-e", HELD_OUT]
     out, err = run(
         *words, "--set", "damp=0.02", "--override", "*.0.mlp.down_proj=bits=8", "--skip", "*.1.*.q_proj", "--json"
     )
@@ -86,14 +96,14 @@ def test_quantize_writes_a_model_that_is_complete(made: tuple[Path, dict[str, ob
 
 
 def test_quantize_is_from_pretrained_with_the_same_config(
-    made: tuple[Path, dict[str, object]], tiny_lm_path: Path
+    made: tuple[Path, dict[str, object]], calibration: Path, tiny_lm_path: Path
 ) -> None:
     config = QuantConfig(
         "gptq",
         bits=4,
         group_size=64,
         damp=0.02,
-        calibration=CALIBRATION,
+        calibration=calibration,
         overrides={"*.0.mlp.down_proj": {"bits": 8}},
         skip=["*.1.*.q_proj"],
     )
@@ -185,10 +195,10 @@ def test_a_card_written_again_holds_what_was_measured_since(
 
 
 def test_a_run_that_was_stopped_twice_goes_on_to_the_same_bytes(
-    made: tuple[Path, dict[str, object]], tiny_lm_path: Path, tmp_path: Path
+    made: tuple[Path, dict[str, object]], calibration: Path, tiny_lm_path: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / made[0].name
-    words = ["quantize", tiny_lm_path, out, "-m", "gptq", "-b", 4, "-g", 64, "-c", CALIBRATION]
+    words = ["quantize", tiny_lm_path, out, "-m", "gptq", "-b", 4, "-g", 64, "-c", calibration]
     words += ["--set", "damp=0.02", "--override", "*.0.mlp.down_proj=bits=8", "--skip", "*.1.*.q_proj"]
     finished: list[Path] = []
     for how, code, told in ((signal.SIGINT, 130, "interrupted; finished work is kept"), (signal.SIGKILL, -9, "")):
