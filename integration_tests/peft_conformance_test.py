@@ -1,7 +1,6 @@
 """Adapters on every method and every format; several at a time; the Trainer; and bases that an adapter does not fit."""
 
 import copy
-import inspect
 import json
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from hf_quant.ledger import true_bits
 from hf_quant.method import list_methods
 from hf_quant.recipe import Recipe
 from hf_quant.runtime.linear import QuantLinear
+from hf_quant.testing.conformance import brief
 from integration_tests.peft_merging_test import tuned
 from integration_tests.peft_tuners_test import IDS, LINEARS, float_llama, llama, loss
 
@@ -29,17 +29,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 METHODS = [m for m in list_methods() if m.domains & {"llm", "moe"}]
 
 
-def arguments_of(method) -> dict[str, int]:
-    """Layers this narrow need small groups and ranks, where a method has any; what is learned need not be learned well."""
-    known = inspect.signature(method.build).parameters
-    small = {"group_size": 32, "rank": 2, "steps": 10, "iterations": 10}
-    return {name: value for name, value in small.items() if name in known}
+def arguments_of(method) -> dict[str, int | None]:
+    """Its own width, little training, and groups and ranks for layers this narrow, where it has any."""
+    return {"bits": None, "group_size": 32 if "group_size" in method.signature.parameters else None} | brief(method)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=[m.id for m in METHODS])
 def test_an_adapter_on_every_method(method, tmp_path: Path) -> None:
     """Trains, saves, loads back the same, and merges into what the ledger counts as before."""
-    model = llama(method.id, **({"bits": None, "group_size": None} | arguments_of(method)))
+    model = llama(method.id, **arguments_of(method))
     plain, bits = copy.deepcopy(model), true_bits(model)
     adapted = tuned(model)
     loss(adapted).backward()

@@ -65,7 +65,8 @@ def configs_of(pipeline: Any, config: object) -> dict[str, QuantConfig]:  # noqa
     config = getattr(config, "quant_mapping", None) or config
     if not isinstance(config, Mapping) or not config:
         raise ConfigError(
-            f"a pipeline takes a QuantConfig for what denoises, or {{component: QuantConfig}}, not {type(config).__name__}"
+            "a pipeline takes a QuantConfig for what denoises, or {component: QuantConfig}, not "
+            f"{type(config).__name__}"
         )
     for component, own in config.items():
         if component not in there:
