@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_quant.data import calibration
 from hf_quant.data.reading import Data, Processor
@@ -137,13 +139,23 @@ def forward(model: nn.Module, ids_BS: Tensor) -> Tensor:
 def identity(model: nn.Module) -> str:
     """A hash of names, shapes and a thousand values of every parameter and buffer: quick, and it sees requantizing."""
     digest = sha256()
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+    named = chain(model.named_parameters(), model.named_buffers())
+    for name, tensor in chain.from_iterable(_plain(*one) for one in named):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.device.type != "meta" and tensor.numel():
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 1024)].contiguous().cpu()
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that it is made of: quantized ones of other libraries cannot be cut themselves."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _plain(f"{name}.{part}", getattr(tensor, part))
 
 
 def device_of(model: nn.Module) -> torch.device:
