@@ -59,7 +59,7 @@ METHODS = {  # what is not the method's default, so that a row takes minutes on 
     "qdrop": {"steps": 150},
     "q-diffusion": {},
     "tfmq-dm": {"iterations": 500},
-    "tfm-framework": {"iterations": 500},
+    "tfm-framework": {"iterations": 250},
     "svdquant": {"rank": 4},  # where layers are 64 to 128 wide, the branch of rank 32 alone takes 21 bits a weight
 }
 NOISE = 50_000  # seed of the first picture
