@@ -453,7 +453,7 @@ def test_a_damaged_config_does_not_size_a_model(saved: Path) -> None:
 # ---- the loader under fire -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("each", [150, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", [300, pytest.param(1000, marks=pytest.mark.slow)])
 def test_corruptions_load_the_same_model_or_none(tmp_path: Path, each: int) -> None:
     """Half of them in each of two processes; what kills a process is a failure too."""
     for name, seed, bits in (("model", 0, 4), ("sibling", 1, 3)):
