@@ -96,15 +96,16 @@ def test_a_branch_is_worth_more_than_its_bytes_in_scales(judge, claims) -> None:
 
 
 @pytest.mark.slow
-def test_claim_on_a_diffusion_transformer(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
-    """Noise to signal, its geometric mean over the steps; no norm there can take the scales, so layers divide."""
-    dit = diffusion_judges("digits-dit")
+@pytest.mark.parametrize("name", ["digits-unet", "digits-dit"])
+def test_claim_on_diffusion(name: str, diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    """Noise to signal, its geometric mean over the steps; where no norm can take the scales, layers divide."""
+    judge = diffusion_judges(name)
 
     def noise(**arguments: int) -> list[float]:
-        return [10 ** (-fmean(dit.sqnr("svdquant", seed=seed, **arguments)) / 10) for seed in range(3)]
+        return [10 ** (-fmean(judge.sqnr("svdquant", seed=seed, **arguments)) / 10) for seed in range(3)]
 
     ours, smooth, plain = noise(), noise(rank=0), noise(rank=0, steps=0)
-    setting = "w4a4 g64, digits-dit: noise to signal, geometric mean over the steps, below"
+    setting = f"w4a4 g64, {name}: noise to signal, geometric mean over the steps, below"
     claims.order("svdquant", f"{setting} smoothing's alone", ours=ours, theirs=smooth)
     claims.order("svdquant", f"{setting} rtn's, by smoothing alone", ours=smooth, theirs=plain)
 
