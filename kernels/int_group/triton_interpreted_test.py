@@ -80,8 +80,8 @@ def test_small_tiles_on_hopper(bits: int, group: int, monkeypatch: pytest.Monkey
     weight = replace(operand(layer, ranges_of(blob), TARGET), unit=2)
     blob[0] = weight.shuffle.pack(unpack_bits(tensors["qweight"], bits, K))
     assert launch.instruction(config, weight, torch.float16, "sm_90")["FRAGMENT"] != weight.unit
-    one_hot = torch.eye(K, dtype=torch.float16)[::29]
-    assert torch.equal(matmul(one_hot, blob, weight, torch.float16, config=config), q.dequantize(torch.float16).T[::29])
+    one_hot = torch.eye(K, dtype=torch.float16)[::7]
+    assert torch.equal(matmul(one_hot, blob, weight, torch.float16, config=config), q.dequantize(torch.float16).T[::7])
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
