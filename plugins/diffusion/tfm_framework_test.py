@@ -208,13 +208,16 @@ def test_claim(name: str, diffusion_judges, claims) -> None:  # type: ignore[no-
     judge = diffusion_judges(name)
     how = recipe(ranges=20, iterations=50)
     ours, theirs = ([measured(judge, h, seed) for seed in range(3)] for h in (how, replace(how, serving=None)))
-    found = (("temporal features", True), ("the pictures", name == "digits-dit"))
-    for (what, reproduced), i in zip(found, (0, 2), strict=True):
+    for what, i, factor, reproduced in (
+        ("temporal features", 0, 0.1, True),
+        ("the pictures", 2, 0.8, name == "digits-dit"),  # a tie on the U-Net: 1.07 and 0.90 of its on two machines
+    ):
         claims.order(
             "tfm-framework",
-            f"error of {what} at most tfmq-dm's, W4A8, {name}",
+            f"error of {what} at most {factor} of tfmq-dm's, W4A8, {name}",
             ours=[figures[i] for figures in ours],
             theirs=[figures[i] for figures in theirs],
+            factor=factor,
             reproduced=reproduced,
         )
 
