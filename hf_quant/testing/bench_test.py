@@ -16,7 +16,7 @@ from hf_quant.testing import DiffusionJudge, Judge
 from hf_quant.testing.bench import EXAMPLES, judge_on
 
 Judges = Callable[[str], Judge]
-CONVOLUTIONS = ("*conv*", "*sampler*")
+CONVOLUTIONS = ["*conv*", "*sampler*"]
 
 
 def perplexity(judge: Judge) -> float:

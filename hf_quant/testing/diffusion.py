@@ -16,7 +16,7 @@ from hf_quant.stages.sampler import Batch
 
 PICTURES = 4
 TEST = 1000  # seed of the noise that is judged on; calibration has those below
-Key = tuple[str, int, tuple[tuple[str, Any], ...]]
+Key = tuple[str, int]
 
 
 @dataclass
@@ -76,11 +76,12 @@ class DiffusionJudge:
 
     @torch.no_grad()
     def _measure(self, method: str, seed: int, arguments: dict[str, Any]) -> tuple[list[float], float]:
-        key = (method, seed, tuple(sorted(arguments.items())))
+        config = QuantConfig(method, **arguments)
+        key = (repr(config), seed)
         if key not in self.measured:
             pipeline = self.pipeline()
             network = backbone(pipeline)
-            hf_quant.quantize(network, QuantConfig(method, **arguments), data=self.data(seed), progress=False)
+            hf_quant.quantize(network, config, data=self.data(seed), progress=False)
             self.measured[key] = self.compare(pipeline)
         return self.measured[key]
 

@@ -17,7 +17,7 @@ from hf_quant.stages.sampler import Batch
 from hf_quant.testing.outliers import inject_outliers
 
 SEEDS = range(3)
-Key = tuple[str, int, bool, tuple[tuple[str, Any], ...]]
+Key = tuple[str, int, bool]
 
 
 @torch.no_grad()
@@ -68,10 +68,11 @@ class Judge:
         return mine if self.inputs == "input_ids" else [Batch({self.inputs: part}) for part in mine.split(8)]
 
     def _measure(self, method: str, seed: int, outliers: bool, arguments: dict[str, Any]) -> tuple[float, float]:
-        key = (method, seed, outliers, tuple(sorted(arguments.items())))
+        config = QuantConfig(method, **arguments)
+        key = (repr(config), seed, outliers)
         if key not in self.measured:
             model = self.model(outliers)
-            hf_quant.quantize(model, QuantConfig(method, **arguments), data=self.data(seed), progress=False)
+            hf_quant.quantize(model, config, data=self.data(seed), progress=False)
             self.measured[key] = self.distance(model)
         return self.measured[key]
 
