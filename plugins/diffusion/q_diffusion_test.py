@@ -1,5 +1,6 @@
 """Q-Diffusion: split shortcuts compute the same, groups end where the halves meet; whether pictures profit."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_quant import QuantConfig
+from hf_quant import quantize as quantize_model
+from hf_quant.diffusion.drawing import backbone
 from hf_quant.pipeline import quantize
 from hf_quant.plugins.diffusion.q_diffusion import SAMPLE, SplitShortcuts
 from hf_quant.qtensor import from_extremes
@@ -82,9 +85,10 @@ def test_groups_end_where_the_halves_meet(caplog: pytest.LogCaptureFixture) -> N
 
 
 @torch.no_grad()
-def test_inv_split_equals_unsplit_in_full_precision(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
-    """The network after the rewrite, its layers' weights and inputs not rounded."""
-    judge = diffusion_judges("digits-unet")
+@pytest.mark.parametrize(("name", "layers"), [("digits-unet", 12), ("digits-dit", 6)])
+def test_inv_split_equals_unsplit_in_full_precision(name: str, layers: int, diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    """The network after the rewrite, its inputs not rounded; a transformer joins sines and cosines of the timestep."""
+    judge = diffusion_judges(name)
     model = judge.model()
     recipe = QuantConfig("q-diffusion", bits=8, group_size=32, split=True).quantizer()  # no group is in both halves
     assert isinstance(recipe, Recipe)
@@ -92,14 +96,14 @@ def test_inv_split_equals_unsplit_in_full_precision(diffusion_judges, claims) ->
     calls, _, _ = judge.expected
     quantize(model, fine, Job(data=calls[:2], progress=False))
     scaled = [n for n, m in model.named_modules() if isinstance(m, QuantLinear) and m.pre_scale is not None]
-    assert len(scaled) == 12
+    assert len(scaled) == layers
     plain = judge.model()
     quantize(plain, replace(fine, transforms=()), Job(data=calls[:2], progress=False))
     batch = calls[5]
     apart = float((model(**batch).sample - plain(**batch).sample).norm() / plain(**batch).sample.norm())
     claims.invariant(
         "q-diffusion",
-        "a network with split shortcuts computes what it does without, inputs not rounded, digits-unet",
+        f"a network with split shortcuts computes what it does without, inputs not rounded, {name}",
         apart < 1e-5,
         {"relative difference": apart},
     )
@@ -130,3 +134,31 @@ def test_claim_of_the_split(act_bits: int, group_size: int, reproduced: bool, di
         theirs=theirs,
         reproduced=reproduced,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-unet", "digits-dit"])
+def test_claim_of_all_timesteps(name: str, diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    """Against as many inputs of the step in the middle alone."""
+    judge = diffusion_judges(name)
+
+    def errors(seed: int, steps: Sequence[int]) -> tuple[float, float]:
+        """Of the predicted noise, a mean over the steps, and of the pictures; each call is of another drawing."""
+        pipeline = judge.pipeline()
+        data = [judge.data(20 * seed + i)[step] for i, step in enumerate(steps)]
+        quantize_model(
+            backbone(pipeline), QuantConfig("q-diffusion", iterations=100, seed=seed), data=data, progress=False
+        )
+        ratios, pictures = judge.compare(pipeline)
+        return sum(10 ** (-r / 10) for r in ratios) / len(ratios), pictures
+
+    ours, theirs = ([errors(seed, steps) for seed in range(3)] for steps in (range(20), [10] * 20))
+    found = (("the predicted noise", True), ("the pictures", name == "digits-dit"))
+    for i, (what, reproduced) in enumerate(found):
+        claims.order(
+            "q-diffusion",
+            f"error of {what} below that after calibration on the middle step alone, w4a8, {name}",
+            ours=[e[i] for e in ours],
+            theirs=[e[i] for e in theirs],
+            reproduced=reproduced,
+        )
