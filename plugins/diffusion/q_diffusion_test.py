@@ -153,12 +153,13 @@ def test_claim_of_all_timesteps(name: str, diffusion_judges, claims) -> None:  #
         return sum(10 ** (-r / 10) for r in ratios) / len(ratios), pictures
 
     ours, theirs = ([errors(seed, steps) for seed in range(3)] for steps in (range(20), [10] * 20))
-    found = (("the predicted noise", True), ("the pictures", name == "digits-dit"))
-    for i, (what, reproduced) in enumerate(found):
+    on_dit = name == "digits-dit"  # on the U-Net four pictures do not tell the two apart
+    for i, (what, factor, reproduced) in enumerate((("the predicted noise", 0.9, True), ("the pictures", 0.7, on_dit))):
         claims.order(
             "q-diffusion",
-            f"error of {what} below that after calibration on the middle step alone, w4a8, {name}",
+            f"error of {what} at most {factor} of that after calibration on the middle step alone, w4a8, {name}",
             ours=[e[i] for e in ours],
             theirs=[e[i] for e in theirs],
+            factor=factor,
             reproduced=reproduced,
         )
