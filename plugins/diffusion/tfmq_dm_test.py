@@ -117,8 +117,9 @@ def test_temporal_features_are_kept() -> None:
 
 
 @pytest.mark.slow
-def test_claim(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
-    judge = diffusion_judges("digits-dit")
+@pytest.mark.parametrize("name", ["digits-unet", "digits-dit"])
+def test_claim(name: str, diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    judge = diffusion_judges(name)
     how = recipe(iterations=100)
     ours, theirs = (
         [similarity(judge, replace(how, units=units), seed) for seed in range(3)]
@@ -127,9 +128,11 @@ def test_claim(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def
     for i, what in enumerate(("1 - cosine of temporal features", "error of the pictures")):
         claims.order(
             "tfmq-dm",
-            f"{what} below that after reconstruction of blocks, W4A8, digits-dit",
+            f"{what} at most 0.9 of that after reconstruction of blocks, W4A8, {name}",
             ours=[figures[i] for figures in ours],
             theirs=[figures[i] for figures in theirs],
+            factor=0.9,
+            reproduced=name == "digits-dit",  # the U-Net's cosine is least where features are smallest, and count least
         )
 
 
