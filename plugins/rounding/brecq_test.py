@@ -128,3 +128,21 @@ def test_claim(judges, claims) -> None:  # type: ignore[no-untyped-def]
         judge.kls("adaround", steps=60, layers=True, **SETTING),
     )
     claims.order("brecq", "KL below adaround's layer by layer, digits-vit, 2 bits, 60 steps", ours=ours, theirs=layers)
+
+
+@pytest.mark.slow
+def test_claim_diffusion(diffusion_judges, claims) -> None:  # type: ignore[no-untyped-def]
+    judge, setting = diffusion_judges("digits-dit"), {"bits": 3, "group_size": 64}
+
+    def noise(steps: int, seed: int) -> float:
+        ratios = judge.sqnr("brecq", seed=seed, steps=steps, **setting)
+        return sum(10 ** (-r / 10) for r in ratios) / len(ratios)
+
+    ours, theirs = ([noise(steps, seed) for seed in range(3)] for steps in (30, 0))
+    claims.order(
+        "brecq",
+        "noise of a step at most 0.85 of its start's, digits-dit, 3 bits",
+        ours=ours,
+        theirs=theirs,
+        factor=0.85,
+    )
