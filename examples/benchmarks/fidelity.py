@@ -1,7 +1,8 @@
 """How close to full precision our methods come, beside what other libraries reach on the same model and tokens.
 
 Each model is quantized, saved, loaded back and then measured: what a user gets, not what was in memory. The peers'
-figures were measured before with the same windows (peers.json says how) and are copied, not run, here.
+figures were measured before with the same windows (peers.json says how and on which model: on another there are none)
+and are copied, not run, here.
 
 Beside each row stand the best peer for the same method at the same bits (`best_peer`), the best peer whatever its
 method at no more than 2.25, 3.25 or 4.25 bits (`mark`), and how far the layers are from the Gaussian rate-distortion
@@ -45,7 +46,7 @@ def main() -> None:
     arguments = parse()
     calibration = torch.from_numpy(np.load(arguments.calibration)[: arguments.rows].astype(np.int64))
     test = spread(np.load(arguments.test), arguments.window, arguments.tokens)
-    peers = json.loads((HERE / "peers.json").read_text())["rows"]
+    peers = peers_of(Path(arguments.model).name)
     about = {
         "model": Path(arguments.model).name,
         "calibration": {"file": arguments.calibration.name, "shape": list(calibration.shape)},
@@ -65,6 +66,12 @@ def main() -> None:
                 rows[method, size, arguments.group_size] = row
                 print(line(row), flush=True)
                 write(arguments.out, about, rows)
+
+
+def peers_of(model: str) -> list[dict]:
+    """What the peers reached on the same model: none on another."""
+    measured = json.loads((HERE / "peers.json").read_text())
+    return measured["rows"] if measured["model"].split(":")[0] == model else []
 
 
 def rows_before(out: Path, about: dict) -> Rows:
@@ -198,7 +205,8 @@ def best_peer(peers: list[dict], method: str, bits: float) -> dict | None:
 def best_mark(peers: list[dict], bits: float) -> dict | None:
     """The lowest KL of any method at no more than the limit that `bits` stay below."""
     limit = min((at for at in LIMITS if bits <= at), default=None)
-    return limit and min((peer for peer in peers if peer["bits"] <= limit), key=lambda peer: peer["kl"])
+    below = (peer for peer in peers if limit and peer["bits"] <= limit)
+    return min(below, key=lambda peer: peer["kl"], default=None)
 
 
 def line(row: dict) -> str:

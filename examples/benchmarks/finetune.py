@@ -4,7 +4,8 @@ Every model is trained against its full-precision original on the same windows, 
 `closed` is the share of gptq's KL at the same bits that is gone; gptq-refined is where lr-qat, l4q and lsq begin. With
 `--equal time` each method trains as many steps as fit into the seconds of the slowest row of the same bits (what does
 not train: more rounds; gptq has nothing to spend time on and stays as it is; a row that would get less than a tenth
-more stays as it is, too). Seconds are those of one thread's processor, whatever else runs on the machine.
+more stays as it is, too). Seconds are those of one thread's processor, whatever else runs on the machine. A row at
+equal time may be trained on another machine: its steps are what the seconds at equal tokens allow, its own get a star.
 
 Peers are trained by the same loss: `peft-nf4` is QLoRA as PEFT does it on bitsandbytes' NF4, whose adapter stays beside
 the codes, as qlora's does; `torchao-qat` is its `QATConfig` over `IntxWeightOnlyConfig`, symmetric as it must be, from
@@ -44,6 +45,7 @@ from hf_quant.measure.reference_logits import store
 HERE = Path(__file__).resolve().parent
 METHODS = ["gptq", "gptq-refined", "lsq", "lr-qat", "l4q", "qa-lora", "qlora", "qlora:init=loftq"]
 ROUNDS = 2  # of gptq-refined, as it comes
+PROCESSOR = "AMX" if torch.cpu._is_amx_tile_supported() else torch.backends.cpu.get_cpu_capability()
 ALIKE = 10  # fewer additional steps than a tenth are none: seconds vary by as much
 
 
@@ -113,7 +115,7 @@ def main() -> None:
                     continue
                 run = PEERS.get(asked.method, ours)
                 row = same(given, bits, asked, much) or {
-                    **{"bits": bits, "method": str(asked), "equal": given.equal},
+                    **{"bits": bits, "method": str(asked), "equal": given.equal, "processor": PROCESSOR},
                     **run(given, asked, bits, much, ids, original, lambda model: measured(given, model, logits, test)),
                 }
                 print(json.dumps(row), flush=True)
@@ -326,9 +328,21 @@ def table(result: dict) -> str:
             share = 1 - row["kl"] / gptq[row["bits"]] if row["bits"] in gptq and row["method"] != "gptq" else None
             closed = "-" if share is None else f"{100 * share:.0f} %"
             figures = f"{row['kl']:.5f} | {closed} | {row['perplexity']:.3f} | {row['top1']:.2f}"
-            cost = f"{row['tokens']:.0f} | {row['seconds']:.0f}" if "tokens" in row else f"- | {row['seconds']:.0f}"
+            star = "*" if row.get("processor") not in processors(result, row["bits"]) else ""
+            tokens = f"{row['tokens']:.0f}" if "tokens" in row else "-"
+            cost = f"{tokens} | {row['seconds']:.0f}{star}"
             lines.append(f"| {row['bits']} | {row['method']} | {row['true_bits']:.3f} | {figures} | {cost} |")
+    if any(line.endswith("* |") for line in lines):
+        lines += [
+            "",
+            "\\* seconds of another processor than those at equal tokens, which say how many steps a row gets.",
+        ]
     return "\n".join(lines) + "\n"
+
+
+def processors(result: dict, bits: int) -> set[str | None]:
+    """What the rows at equal tokens were trained on."""
+    return {r.get("processor") for r in result["rows"] if r["bits"] == bits and r["equal"] == "tokens"}
 
 
 if __name__ == "__main__":
