@@ -79,11 +79,13 @@ class IntGrid:
 
     def encode(self, x: Tensor) -> Tensor:
         """Nearest integers (ties to even), clamped, as uint8 codes."""
-        return x.round().clamp(self.low, self.high).sub(self.low).to(torch.uint8)
+        codes = x.round().clamp_(self.low, self.high)
+        return (codes.sub_(self.low) if self.low else codes).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """uint8 codes -> float32 integers."""
-        return codes.to(torch.float32).add(self.low)
+        values = codes.to(torch.float32)
+        return values + self.low if self.low else values
 
 
 @dataclass(frozen=True, slots=True)
