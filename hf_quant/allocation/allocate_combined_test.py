@@ -27,7 +27,7 @@ from hf_quant.spec import int_spec
         ("spinquant", {"steps": 2}),
         ("awq", {}),
         ("adaround", {"steps": 4}),
-        ("lr-qat", {"steps": 2, "rank": 4}),
+        ("lr-qat", {"steps": 2, "block_steps": 2, "rank": 4}),
     ],
 )
 def test_the_budget_is_kept(method: str, more: dict[str, Any], tmp_path: Path) -> None:

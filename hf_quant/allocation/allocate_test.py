@@ -16,6 +16,7 @@ import hf_quant.allocation.allocate
 from hf_quant import QuantConfig
 from hf_quant.errors import CalibrationError, PluginError, UnsupportedSpec
 from hf_quant.ledger import count_bits
+from hf_quant.method import method_named
 from hf_quant.recipe import Recipe
 from hf_quant.report import Report
 from hf_quant.stages.allocator import Rounded, Slot, standing_in
@@ -39,7 +40,9 @@ def llama(layers: int = 2, tied: bool = False) -> LlamaForCausalLM:
 
 
 def run(model: nn.Module, budget: Any = "4 bits", method: str = "rtn", **arguments: Any) -> Report:
-    config = QuantConfig(method, group_size=16, budget=budget, **arguments)
+    known = method_named(method).signature.parameters
+    brief = {"clip_steps": 3} if "clip_steps" in known else {}  # contracts, not quality
+    config = QuantConfig(method, group_size=16, budget=budget, **brief, **arguments)
     return hf_quant.quantize(model, config, data=IDS, progress=False)
 
 

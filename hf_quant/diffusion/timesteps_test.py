@@ -139,7 +139,7 @@ def test_a_tuner_fits_weights_and_tables(make: Any, tmp_path: Path) -> None:
     """
     inputs = replace(act_spec(4, static=True, symmetric=False), index="timestep", entries=4)
     plain = Recipe(weights=int_spec(4), inputs=inputs)
-    tuned = replace(plain, tuner=Reconstruction(AdaRound(), steps=60, input_lr=2e-2))
+    tuned = replace(plain, tuner=Reconstruction(AdaRound(), steps=40, input_lr=2e-2))
     whole, rounded, fitted, again = make(), make(), make(), make()
     quantize(rounded, plain, job(rounded))
     quantize(fitted, tuned, job(fitted, run_dir=tmp_path))

@@ -40,8 +40,8 @@ RANKS = [
 ]
 
 
-def llama() -> nn.Module:
-    return SUBJECTS["llm"].model()
+def llama(blocks: int = 1) -> nn.Module:
+    return SUBJECTS["llm"].model(blocks)
 
 
 def tokens() -> Tensor:
@@ -77,7 +77,7 @@ def test_what_the_loop_cannot_train_is_refused_before_work() -> None:
 @pytest.mark.parametrize(("method", "given", "what"), RANKS)
 def test_a_rank_that_a_matrix_cannot_have_is_refused_before_work(method: str, given: dict[str, int], what: str) -> None:
     """Every such layer is named; the data, which is nothing of the kind, is not looked at."""
-    model, config = llama(), QuantConfig(method, bits=4, **given)
+    model, config = llama(2), QuantConfig(method, bits=4, **given)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UnsupportedSpec, match=rf"layers\.0\.self_attn\.k_proj: Qat: {what}.*layers\.1"):
         hf_quant.finetune(model, config, object())
@@ -119,11 +119,11 @@ def test_one_training_takes_one_rounding() -> None:
     given = {"bits": 4, "rank": 2, "steps": 1, "group_size": 32}
     config = QuantConfig("lr-qat", block_steps=0, **given, overrides={"*.layers.0.*": {"rank": 4}})
     with pytest.raises(UnsupportedSpec, match=r"layers\.0.*trains otherwise than the rest"):
-        hf_quant.finetune(llama(), config, tokens())
+        hf_quant.finetune(llama(2), config, tokens())
     config = QuantConfig("gptq", overrides={"*.layers.0.*": {"method": "lsq"}})
     with pytest.raises(UnsupportedSpec, match="trains otherwise"):
-        hf_quant.quantize(llama(), config, data=tokens(), progress=False)
-    model = llama()
+        hf_quant.quantize(llama(2), config, data=tokens(), progress=False)
+    model = llama(2)
     config = QuantConfig(
         "lr-qat", block_steps=0, **given, overrides={"*.up_proj": {"bits": 8}, "*.down_proj": {"method": "rtn"}}
     )
@@ -302,7 +302,7 @@ def test_float16_learns_what_float32_does() -> None:
     """Its smallest number is above nearly all gradients of so small a loss."""
     ups = []
     for dtype in (torch.float32, torch.float16):
-        model = llama().half().to(dtype)
+        model = llama(2).half().to(dtype)
         config = QuantConfig("qlora", bits=8, group_size=32, rank=2, steps=1)
         hf_quant.finetune(model, config, tokens(), progress=False)
         ups.append(model.get_submodule("model.layers.1.mlp.down_proj").low_rank(torch.float32)[1])

@@ -51,7 +51,7 @@ BLOCKWISE, MSE = BlockUnits(), Mse()
 
 
 def recipe(units: Units = BLOCKWISE, loss: UnitLoss = MSE, **more: Any) -> Recipe:
-    tuner = Reconstruction(ROUNDING, loss=loss, steps=16, checks=2)
+    tuner = Reconstruction(ROUNDING, loss=loss, steps=8, checks=2)
     return replace(Recipe(weights=int_spec(3, 32), units=units, tuner=tuner), **more)
 
 

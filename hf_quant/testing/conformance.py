@@ -45,12 +45,16 @@ from hf_quant.testing.subjects import SUBJECTS, Subject
 Check = Callable[[Method, Path], None]
 
 BRIEF = {
-    "steps": 8,
-    "block_steps": 8,
-    "iterations": 8,
-    "iters": 8,
+    "steps": 3,
+    "block_steps": 3,
+    "iterations": 3,
+    "iters": 3,
     "epochs": 1,
-    "ranges": 8,
+    "rounds": 1,
+    "sweeps": 1,
+    "clip_steps": 3,
+    "ranges": 4,
+    "calibration_steps": 4,
     "rank": 2,
 }  # contracts, not quality
 IMPOSSIBLE: dict[str, tuple[Any, ...]] = {

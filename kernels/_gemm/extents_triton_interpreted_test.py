@@ -17,7 +17,7 @@ from hf_quant.kernels.int_group.gpu import Triton
 from hf_quant.runtime.packed import refit
 from hf_quant.spec import act_spec, int_spec
 
-WORK = 1 << 23  # products of one example, so that it takes a second or two
+WORK = 1 << 22  # products of one example, so that it takes a second
 
 
 @st.composite
@@ -31,7 +31,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
     return found["M"], found["N"], found["K"]
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     shapes(),
     st.sampled_from((2, 3, 4, 8)),

@@ -36,12 +36,12 @@ def test_every_row_lies_in_a_tile_of_its_expert(T: int, copies: int, experts: in
         assert all(chosen.flatten()[r] == e for r in rows if r < T * copies)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 4), st.sampled_from((torch.float16, torch.bfloat16)))
 def test_products_by_expert(T: int, copies: int, experts: int, dtype: torch.dtype) -> None:
     """Each row is the product of its token with its expert's weight, whatever else the launch computes."""
     g = torch.Generator().manual_seed(T)
-    N, K, group, BM = 40, 150, 32, 16
+    N, K, group, BM = 40, 80, 32, 16
     weight = Weight((N, K), 4, group, ranges="pairs")
     blobs = []
     for _ in range(experts):

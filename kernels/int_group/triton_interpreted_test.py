@@ -56,8 +56,8 @@ specs = st.one_of(
 )
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(specs, st.integers(1, 40), st.integers(1, 300), st.sampled_from(DTYPES), st.sampled_from(WAYS))
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(specs, st.integers(1, 40), st.integers(1, 200), st.sampled_from(DTYPES), st.sampled_from(WAYS))
 def test_one_hot_is_the_weight(spec: Spec, N: int, K: int, dtype: torch.dtype, config: Config) -> None:
     """One-hot tokens print the decoded weights: the bits of the reference, whichever way runs."""
     q, tensors, layer = quantized(N, K, spec)
@@ -74,14 +74,14 @@ def test_one_hot_is_the_weight(spec: Spec, N: int, K: int, dtype: torch.dtype, c
 def test_small_tiles_on_hopper(bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words that lie for one instruction, multiplied by another: the tokens' columns change places instead."""
     monkeypatch.setattr(launch, "kind", lambda _: "sm_90")
-    N, K, config = 40, 512, Config("tensor", BM=8, BN=32, BK=128, splits=2, num_warps=1)
+    N, K, config = 40, 256, Config("tensor", BM=8, BN=32, BK=128, splits=2, num_warps=1)
     q, tensors, layer = quantized(N, K, int_spec(bits, group))
     blob = Triton().prepare(tensors, layer, torch.float16)
     weight = replace(operand(layer, ranges_of(blob), TARGET), unit=2)
     blob[0] = weight.shuffle.pack(unpack_bits(tensors["qweight"], bits, K))
     assert launch.instruction(config, weight, torch.float16, "sm_90")["FRAGMENT"] != weight.unit
-    one_hot = torch.eye(K, dtype=torch.float16)[::7]
-    assert torch.equal(matmul(one_hot, blob, weight, torch.float16, config=config), q.dequantize(torch.float16).T[::7])
+    one_hot = torch.eye(K, dtype=torch.float16)[::9]  # every place of a word
+    assert torch.equal(matmul(one_hot, blob, weight, torch.float16, config=config), q.dequantize(torch.float16).T[::9])
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -123,7 +123,7 @@ def test_products(spec: Spec, M: int, N: int, K: int, dtype: torch.dtype, data: 
         assert worst <= 1, f"{worst:.3g} times the bound"
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.sampled_from((2, 3, 4, 6, 8)),
     st.sampled_from((-1, 256)),
