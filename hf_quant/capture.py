@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hf_quant.errors import CalibrationError, HfQuantError, UnsupportedModel
 from hf_quant.finite import require_numbers
 from hf_quant.left_products import left_products
+from hf_quant.products import widened
 from hf_quant.stages.sampler import Batch, model_inputs_of, token_tags
 from hf_quant.stats import Seen, Stat, State
 from hf_quant.streams import Inputs, Routes, flat, same_routes
@@ -49,7 +50,8 @@ class Call:
         """Call `block` the same way with other hidden states; returns its output hidden states."""
         args, kwargs = to_device((self.args, self.kwargs), device)
         hidden = hidden.to(device)
-        out = block(hidden, *args, **kwargs) if self.keyword is None else block(**{self.keyword: hidden}, **kwargs)
+        with widened():
+            out = block(hidden, *args, **kwargs) if self.keyword is None else block(**{self.keyword: hidden}, **kwargs)
         return first_tensor(out)
 
 
@@ -211,7 +213,7 @@ def run_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:  # n
     kwargs: dict[str, Any] = to_device(arguments_of(model, batch), device)
     if hasattr(getattr(model, "config", None), "use_cache"):
         kwargs["use_cache"] = False
-    with _no_cache_inside(model):
+    with _no_cache_inside(model), widened():
         return model(**kwargs)
 
 

@@ -1,11 +1,15 @@
 """The type in which a CPU multiplies: it sums products of bfloat16 in float32, or has instructions of float32 only."""
 
 import platform
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 FEW = 4  # rows up to which torch's bfloat16 product, which then reads half the bytes, is as fast as float32's
 SLICE = 1 << 19  # weights widened at once: they stay in the cache
@@ -28,14 +32,38 @@ def operand(x_TK: Tensor) -> Tensor:
     return x_TK.float() if wide and not multiplies_bfloat16() else x_TK
 
 
-def product(x_TK: Tensor, W_NK: Tensor) -> Tensor:
-    """`x W^T` in their type."""
+def product(x_TK: Tensor, W_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """`x W^T + bias` in their type."""
     x = operand(x_TK)
     if x is x_TK:
-        return F.linear(x_TK, W_NK)
+        return F.linear(x_TK, W_NK, bias_N)
     N, K = W_NK.shape
     y_TN = x.new_empty(len(x), N)
     step = max(1, SLICE // max(1, K))
     for first in range(0, N, step):
         torch.mm(x, W_NK[first : first + step].float().T, out=y_TN[:, first : first + step])
-    return y_TN.to(x_TK.dtype)
+    return (y_TN if bias_N is None else y_TN.add_(bias_N)).to(x_TK.dtype)
+
+
+def widened() -> AbstractContextManager[object]:
+    """Inside, `F.linear` in bfloat16 is `product` where no gradient is wanted: so models run that are not ours."""
+    return nullcontext() if multiplies_bfloat16() else _Widened()
+
+
+class _Widened(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401  torch's own signature
+        if func is F.linear and not torch.is_grad_enabled():
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not input.dtype == weight.dtype == torch.bfloat16:
+        return F.linear(input, weight, bias)
+    return product(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], -1)

@@ -33,3 +33,27 @@ def test_only_many_rows_of_bfloat16_are_widened(monkeypatch: pytest.MonkeyPatch)
         assert products.operand(x) is x
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
     assert products.operand(many) is many
+
+
+def test_layers_that_are_not_ours_are_multiplied_so_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values but for the order of their sums; training keeps torch's product, other types do, too."""
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    seen, plain = [], products.product
+    monkeypatch.setattr(products, "product", lambda x, W, b: seen.append(x.shape) or plain(x, W, b))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 300, generator=generator).bfloat16()
+    for bias in (True, False):
+        layer = torch.nn.Linear(300, 40, bias=bias).bfloat16()
+        with torch.no_grad():
+            exact = layer.double()(x.double())
+            with products.widened():
+                y = layer.bfloat16()(x)
+                layer.float()(x.float())
+        assert y.shape == (2, 9, 40)
+        assert y.dtype == torch.bfloat16
+        assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
+    assert seen == [(18, 300)] * 2
+    with products.widened():
+        layer.bfloat16()(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert len(seen) == 2
