@@ -46,7 +46,7 @@ def product(x_TK: Tensor, W_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
 
 
 def widened() -> AbstractContextManager[object]:
-    """Inside, `F.linear` in bfloat16 is `product` where no gradient is wanted: so models run that are not ours."""
+    """Inside, `F.linear` in bfloat16 is `product`, with its gradient: so models run that are not ours."""
     return nullcontext() if multiplies_bfloat16() else _Widened()
 
 
@@ -58,12 +58,30 @@ class _Widened(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401  torch's own signature
-        if func is F.linear and not torch.is_grad_enabled():
-            return _linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not input.dtype == weight.dtype == torch.bfloat16:
         return F.linear(input, weight, bias)
-    return product(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], -1)
+    y_TN: Tensor = _Product.apply(input.reshape(-1, input.shape[-1]), weight, bias)
+    return y_TN.view(*input.shape[:-1], -1)
+
+
+class _Product(torch.autograd.Function):
+    """`product`, whose gradients are such products: it keeps nothing that is widened, and may be derived twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, W_NK: Tensor, bias_N: Tensor | None) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x_TK, W_NK)
+        return product(x_TK, W_NK, bias_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x_TK, W_NK = ctx.saved_tensors
+        of_x, of_W, of_bias = ctx.needs_input_grad
+        return (
+            _Product.apply(grad_TN, W_NK.T, None) if of_x else None,
+            _Product.apply(grad_TN.T, x_TK.T, None) if of_W else None,
+            grad_TN.sum(0) if of_bias else None,
+        )

@@ -1,5 +1,8 @@
 """Products in float32 where the CPU has none of bfloat16: the same weights, one rounding, either way."""
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -35,25 +38,36 @@ def test_only_many_rows_of_bfloat16_are_widened(monkeypatch: pytest.MonkeyPatch)
     assert products.operand(many) is many
 
 
-def test_layers_that_are_not_ours_are_multiplied_so_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same values but for the order of their sums; training keeps torch's product, other types do, too."""
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_that_are_not_ours_are_multiplied_so(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer's values and gradients, each rounded once; other types are left alone."""
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
     seen, plain = [], products.product
-    monkeypatch.setattr(products, "product", lambda x, W, b: seen.append(x.shape) or plain(x, W, b))
+    monkeypatch.setattr(products, "product", lambda x, W, b=None: seen.append(x.shape) or plain(x, W, b))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 9, 300, generator=generator).bfloat16()
-    for bias in (True, False):
-        layer = torch.nn.Linear(300, 40, bias=bias).bfloat16()
-        with torch.no_grad():
-            exact = layer.double()(x.double())
-            with products.widened():
-                y = layer.bfloat16()(x)
-                layer.float()(x.float())
-        assert y.shape == (2, 9, 40)
-        assert y.dtype == torch.bfloat16
-        assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
-    assert seen == [(18, 300)] * 2
+    x = torch.randn(2, 9, 300, generator=generator).bfloat16().requires_grad_()
+    layer, out = torch.nn.Linear(300, 40, bias=bias).bfloat16(), torch.randn(2, 9, 40, generator=generator).bfloat16()
+    exact = copy.deepcopy(layer).double()
     with products.widened():
-        layer.bfloat16()(x).sum().backward()
-    assert layer.weight.grad is not None
-    assert len(seen) == 2
+        y = layer(x)
+        exact_y = exact(x.double())
+    found = torch.autograd.grad(y, [x, *layer.parameters()], out)
+    wanted = torch.autograd.grad(exact_y, [x, *exact.parameters()], out.double())
+    assert y.shape == (2, 9, 40)
+    for ours, theirs in zip((y, *found), (exact_y, *wanted), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert ((ours - theirs).abs() <= 2**-8 * theirs.abs() + 1e-4).all()
+    assert seen == [(18, 300), (18, 40), (40, 18)]
+
+
+def test_a_product_is_derived_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As curvature wants it."""
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    W = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    found = []
+    for wide in (True, False):
+        with products.widened() if wide else nullcontext():
+            y = torch.nn.functional.linear(torch.ones(6, 16).bfloat16(), W).float().square().sum()
+        (first,) = torch.autograd.grad(y, [W], create_graph=True)
+        found.append(torch.autograd.grad(first.float().square().sum(), [W])[0].float())
+    assert torch.allclose(*found, rtol=3e-2, atol=1e-2 * float(found[1].abs().max()))

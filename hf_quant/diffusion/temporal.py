@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hf_quant.capture import run_model
+from hf_quant.capture import run_as_it_is
 from hf_quant.runtime.clock import NAME as TIMESTEP
 from hf_quant.stages.sampler import Batch
 
@@ -112,7 +112,7 @@ def temporal_block(model: nn.Module, sites: Sequence[str], batch: Batch) -> Temp
         for name in sites:
             stack.enter_context(tape.site(name, model.get_submodule(name)))
         with tape:
-            tape.read(run_model(model, inputs, device))
+            tape.read(run_as_it_is(model, inputs, device))
     ran = [s.site for s in tape.steps if s.site is not None]
     if not ran:
         return None

@@ -18,6 +18,7 @@ from hf_quant.capture import first_tensor, run_model, to_device
 from hf_quant.diffusion.timesteps import Timed
 from hf_quant.errors import UnsupportedModel
 from hf_quant.plan import SitePlan
+from hf_quant.products import widened
 from hf_quant.report import Entry
 from hf_quant.runtime.clock import CLASSES, NAME
 from hf_quant.runtime.install import install_linear
@@ -79,7 +80,7 @@ class Surroundings:
     def examples(self, unit: Unit, loss: UnitLoss, seed: int) -> list[Example]:
         """The unit's cached micro-batches, on the CPU. The unit must be float already."""
         if unit.calls is not None:
-            with floating(self.model, self.floats), torch.no_grad():
+            with floating(self.model, self.floats), torch.no_grad(), widened():
                 calls = [to_device(call, self.device) for call in unit.calls]
                 targets = [loss.remember(first_tensor(unit.module(*a, **k))).to(CPU) for a, k in calls]
             found = [Example(call, call, target) for call, target in zip(unit.calls, targets, strict=True)]

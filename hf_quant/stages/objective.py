@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_quant.products import widened
 from hf_quant.stages.sampler import Batch, model_inputs_of
 from hf_quant.stats import CrossGram, DriftGram, Gram, Reduction, Seen, Stat, State, Stats, hessian
 
@@ -92,7 +93,8 @@ class ModelLoss:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """`model(**inputs, labels=...).loss`."""
         inputs = model_inputs_of(batch)
-        loss: Tensor = model(**{"labels": inputs.get("input_ids"), **inputs}).loss
+        with widened():
+            loss: Tensor = model(**{"labels": inputs.get("input_ids"), **inputs}).loss
         return loss
 
 

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from hf_quant.capture import first_tensor, to_device
 from hf_quant.errors import CalibrationError, ConfigError
+from hf_quant.products import widened
 from hf_quant.running.progress import inner
 from hf_quant.runtime.activation import refuses
 from hf_quant.runtime.conv import convolutions
@@ -299,7 +300,7 @@ class _Fit:
             quant.entry_B = example.entry_B
         if example.enter is not None:
             example.enter()
-        with parametrize.cached():
+        with parametrize.cached(), widened():
             out = first_tensor(self.unit.module(*args, **kwargs))
         weight = None if example.weight is None else example.weight.to(self.device)
         return self.how.loss.loss(out, example.target.to(self.device), weight)
