@@ -64,7 +64,7 @@ class _Widened(TorchFunctionMode):
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not input.dtype == weight.dtype == torch.bfloat16:
         return F.linear(input, weight, bias)
-    y_TN: Tensor = _Product.apply(input.reshape(-1, input.shape[-1]), weight, bias)
+    y_TN: Tensor = _Product.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return y_TN.view(*input.shape[:-1], -1)
 
 
@@ -81,7 +81,7 @@ class _Product(torch.autograd.Function):
         x_TK, W_NK = ctx.saved_tensors
         of_x, of_W, of_bias = ctx.needs_input_grad
         return (
-            _Product.apply(grad_TN, W_NK.T, None) if of_x else None,
-            _Product.apply(grad_TN.T, x_TK.T, None) if of_W else None,
+            _Product.apply(grad_TN, W_NK.T, None) if of_x else None,  # type: ignore[no-untyped-call]
+            _Product.apply(grad_TN.T, x_TK.T, None) if of_W else None,  # type: ignore[no-untyped-call]
             grad_TN.sum(0) if of_bias else None,
         )
