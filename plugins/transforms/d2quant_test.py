@@ -46,14 +46,15 @@ def test_column_scales_cost_no_bits_and_a_rewritten_model_computes_the_same(judg
 
 @pytest.mark.slow
 def test_claim(judge, claims) -> None:  # type: ignore[no-untyped-def]
-    """2 bits in groups of 64, three calibration sets: both parts < column scales < GPTQ."""
+    """2 bits in groups of 64, three calibration sets: both parts < column scales < GPTQ, which does not come out."""
     setting = {"bits": 2, "group_size": 64}
     both = [judge.kl("d2quant", seed=seed, **setting) for seed in range(3)]
     scales = [judge.kl("d2quant", seed=seed, correct=False, **setting) for seed in range(3)]
     gptq = [judge.kl("gptq", seed=seed, **setting) for seed in range(3)]
-    statement = "w2g64: KL of GPTQ with column scales below GPTQ's"
-    claims.order("d2quant", statement, ours=scales, theirs=gptq, reproduced=False)  # 1.02, one seed of three agrees
-    claims.order("d2quant", "w2g64: KL of both parts below that of column scales alone", ours=both, theirs=scales)
+    statement = "w2g64: KL of GPTQ with column scales at most 0.97 of GPTQ's"  # a tie: 1.02 or 0.996, by the processor
+    claims.order("d2quant", statement, ours=scales, theirs=gptq, factor=0.97, reproduced=False)
+    statement = "w2g64: KL of both parts below that of column scales alone"  # behind attention alone it is 0.99 of it
+    claims.order("d2quant", statement, ours=both, theirs=scales, reproduced=False)
 
 
 def test_arguments() -> None:
