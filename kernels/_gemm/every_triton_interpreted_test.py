@@ -28,7 +28,7 @@ def test_which() -> None:
 
 @each
 def test_products(format_id: str, name: str) -> None:
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @settings(max_examples=8, deadline=None, derandomize=True)
     @given(st.sampled_from(taken(format_id, name)), st.sampled_from(DTYPES), st.sampled_from((0, 1, 2, 9, 40)))
     def run(layer: Layer, dtype: torch.dtype, tokens: int) -> None:
         run_kernel((layer, dtype), tokens, format_id, name, CPU)
@@ -41,7 +41,7 @@ def test_one_hot_is_the_weight(format_id: str, name: str) -> None:
     """One-hot tokens print the decoded weights: the bits of the reference."""
     fmt, kernel = format_named(format_id), kernel_named(format_id, name)
 
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @settings(max_examples=8, deadline=None, derandomize=True)
     @given(
         st.sampled_from([x for x in taken(format_id, name) if x.inputs is None and x.weights.rotation is None]),
         st.sampled_from(DTYPES),

@@ -31,7 +31,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
     return found["M"], found["N"], found["K"]
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     shapes(),
     st.sampled_from((2, 3, 4, 8)),
