@@ -21,6 +21,7 @@ from hf_quant.recipe import Recipe
 from hf_quant.report import Report
 from hf_quant.stages.allocator import Rounded, Slot, standing_in
 from hf_quant.stages.sampler import Batch
+from hf_quant.testing.conformance import brief
 
 IDS = torch.randint(0, 97, (6, 24), generator=torch.Generator().manual_seed(0))
 
@@ -40,9 +41,7 @@ def llama(layers: int = 2, tied: bool = False) -> LlamaForCausalLM:
 
 
 def run(model: nn.Module, budget: Any = "4 bits", method: str = "rtn", **arguments: Any) -> Report:
-    known = method_named(method).signature.parameters
-    brief = {"clip_steps": 3} if "clip_steps" in known else {}  # contracts, not quality
-    config = QuantConfig(method, group_size=16, budget=budget, **brief, **arguments)
+    config = QuantConfig(method, group_size=16, budget=budget, **{**brief(method_named(method)), **arguments})
     return hf_quant.quantize(model, config, data=IDS, progress=False)
 
 
