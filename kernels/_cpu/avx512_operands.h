@@ -10,6 +10,7 @@ struct Bf16 : Floats {
     using Operand = V;
     using Token = uint16_t;
     static constexpr int STEPS = 4, EACH = 2, PARTS = 4;  // operands of tokens, inputs of a word, operands of codes
+    static constexpr int FEW = 4;                         // tokens that are multiplied faster without tiles
     static ALWAYS V token(const uint32_t* x) { return all((int)*x); }
     static ALWAYS void dot(Acc& acc, V w, V x) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x)); }
 };
@@ -18,7 +19,7 @@ struct Int8 : Integers {
     using As = Int8;
     using Operand = V;
     using Token = int8_t;
-    static constexpr int STEPS = 2, EACH = 4, PARTS = 2;
+    static constexpr int STEPS = 2, EACH = 4, PARTS = 2, FEW = 8;
     static ALWAYS V token(const uint32_t* x) { return all((int)*x); }
     static ALWAYS void dot(Acc& acc, V w, V x) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x)); }
 };
@@ -27,7 +28,7 @@ struct Int8 : Integers {
 ALWAYS const uint8_t* as_operands(const uint8_t* x, Product& p, Buffer<uint8_t>&) { return x; }
 
 struct Of4 : Bf16 {  // words of four codes, the table looked up by their low bits
-    static constexpr int BYTES = 64;
+    static constexpr int BYTES = 64, FEW = 2;
     struct Raw {
         V v;
     };
@@ -108,6 +109,7 @@ struct Bytes : Int8 {
 // Written down, values are multiplied by their scales first and rounded once.
 struct Scaled4 : Of4 {
     static constexpr bool SCALED = true;
+    static constexpr int FEW = 4;
     __m512 whole;
     explicit Scaled4(const void* values) : Of4(values), whole(_mm512_loadu_ps((const float*)values + 16)) {}
     template <int S>
@@ -123,7 +125,7 @@ struct Scaled4 : Of4 {
 
 // Values that are no bfloat16: the nearest one and what it leaves, multiplied one after the other.
 struct Floats4 : Scaled4 {
-    static constexpr int PARTS = 8;
+    static constexpr int PARTS = 8, FEW = 2;
     V low;
     explicit Floats4(const void* values)
         : Scaled4(values), low(_mm512_loadu_si512((const uint8_t*)values + 128)) {}
@@ -135,7 +137,7 @@ struct Floats4 : Scaled4 {
 
 // 128 inputs of 8 outputs, each with a table of its own: lanes are inputs, an accumulator is one output's.
 struct OfRows : Bf16 {
-    static constexpr int OUTPUTS = 1, LINE = 8, INPUTS = 128, BYTES = 512, WORDS = 16, TABLE = 32;
+    static constexpr int OUTPUTS = 1, LINE = 8, INPUTS = 128, BYTES = 512, WORDS = 16, TABLE = 32, FEW = 2;
     struct Raw {
         V v, table;
     };

@@ -19,11 +19,12 @@ from torch import Tensor
 from hf_quant.kernels._cpu.layout import KINDS, Kind, block
 
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-w")
-PARTS = ("avx512", "avx512_operands", "avx2", "avx2_operands", "operands", "tokens", "unfold", "vectors")
+PARTS = ("amx", "avx512", "avx512_operands", "avx2", "avx2_operands", "operands", "tokens", "unfold", "vectors")
 SOURCES = ("product.cpp", *(f"{name}.h" for name in PARTS))
 CPU = torch.device("cpu")
 WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma")
 NARROW = ("-mavx2", "-mfma", "-mf16c")
+TILES = ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
 
 
 PRODUCT = struct.Struct(
@@ -46,6 +47,12 @@ def wide() -> bool:
     """Whether it is made for AVX-512 with VNNI and BF16; without them it multiplies floats."""
     capable = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
     return capable and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@cache
+def tiled() -> bool:
+    """Whether it also has AMX, for many tokens, and a compiler that knows it."""
+    return wide() and torch.cpu._is_amx_tile_supported()
 
 
 @cache
@@ -74,7 +81,7 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise OSError("there is no C++ compiler: neither $CXX, g++ nor clang++")
     sources = {name: files(__package__).joinpath(name).read_bytes() for name in SOURCES}
-    flags = (*FLAGS, *(WIDE if wide() else NARROW))
+    flags = (*FLAGS, *(WIDE if wide() else NARROW), *(TILES if tiled() else ()))
     stamp = hashlib.sha256(b"".join(sources.values()) + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_quant" / "cpu"
     made = folder / f"product-{stamp}.so"

@@ -16,6 +16,21 @@ struct Tiles {
     int64_t count;
 };
 
+// Of some inputs of a token, where it is asked for.
+template <class W>
+ALWAYS float sum_of(const uint8_t* from, int64_t count, const Product& p) {
+    const auto* at = (const typename W::Token*)from;
+    if constexpr (W::INTEGERS) {
+        int whole = 0;
+        for (int64_t i = 0; i < count; ++i) whole += at[i];
+        return (float)whole;
+    } else {
+        F total = all(0.0f);
+        for (int64_t i = 0; p.d && i < count; i += LANES) total = add(total, load(at + i, upto(count - i)));
+        return sum(total);
+    }
+}
+
 template <class W, int MB>
 void tile_tokens(const uint8_t* tokens, const Product& p, int64_t width, int64_t t, uint32_t* x, float* sums) {
     constexpr int SIZE = 4 / W::EACH;
@@ -32,18 +47,7 @@ void tile_tokens(const uint8_t* tokens, const Product& p, int64_t width, int64_t
             std::memcpy(x + place(whole, m), from + whole * 4, (p.inputs - whole * W::EACH) * SIZE);
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t k = c * width, end = token < p.M ? std::min(k + width, p.inputs) : k;
-            float sum = 0;
-            if constexpr (W::INTEGERS) {
-                int whole_sum = 0;
-                for (int64_t i = k; i < end; ++i) whole_sum += ((const typename W::Token*)from)[i];
-                sum = (float)whole_sum;
-            } else if (p.d) {
-                const auto* at = (const typename W::Token*)from;
-                F total = all(0.0f);
-                for (int64_t i = k; i < end; i += LANES) total = add(total, load(at + i, upto(end - i)));
-                sum = ::sum(total);
-            }
-            sums[c * MB + m] = sum;
+            sums[c * MB + m] = sum_of<W>(from + k * SIZE, end - k, p);
         }
     }
 }
