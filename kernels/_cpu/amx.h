@@ -1,7 +1,7 @@
-// Sixteen tokens by sixteen outputs at once. A tile is 16 rows of 64 bytes: of tokens 32 or 64 inputs, of weights an
-// operand of 16 outputs a row, of sums a token's 16.
+// Processors with AMX. Sixteen tokens by sixteen outputs at once: a tile is 16 rows of 64 bytes, of tokens 32 or 64
+// inputs, of weights an operand of 16 outputs a row, of sums a token's 16.
 #pragma once
-#include "tokens.h"
+#include "vectors.h"
 
 #ifdef __AMX_TILE__
 #include <sys/syscall.h>
@@ -60,32 +60,6 @@ ALWAYS void tile_dot() {
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-// Tokens in tiles, uint8 [tiles, chunks, steps, 16, 64], their sums over every chunk [tiles, chunks, 16]; what is
-// missing is 0.
-template <class X>
-void tokens_of_tile(const uint8_t* tokens, const Product& p, int64_t width, int64_t steps, int64_t t, uint8_t* x,
-                    float* sums) {
-    constexpr int SIZE = 4 / X::EACH;
-    const int64_t chunks = (p.K + width - 1) / width;
-    for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t k = c * width, bytes = std::max<int64_t>(0, std::min(width, p.inputs - k)) * SIZE;
-        uint8_t* to = x + (t * chunks + c) * steps * TILE;
-        for (int m = 0; m < SIDE; ++m) {
-            const bool there = t * SIDE + m < p.M;
-            const uint8_t* from = tokens + ((t * SIDE + m) * p.inputs + k) * SIZE;
-            for (int64_t s = 0; s < steps; ++s) {
-                const int64_t some = there ? std::min<int64_t>(64, std::max<int64_t>(0, bytes - s * 64)) : 0;
-                uint8_t* row = to + s * TILE + m * 64;
-                if (some == 64)
-                    _mm512_store_si512(row, _mm512_loadu_si512(from + s * 64));
-                else
-                    _mm512_store_si512(row, _mm512_maskz_loadu_epi8((1ull << some) - 1, from + s * 64));
-            }
-            sums[(t * chunks + c) * SIDE + m] = there ? sum_of<X>(from, bytes / SIZE, p) : 0.0f;
-        }
-    }
-}
-
 // A x R tiles of sums over some columns; `rows` and `row`: bytes from one tile of tokens, of weights to the next.
 template <bool INTEGERS, int A, int R>
 ALWAYS void dots(const uint8_t* x, int64_t rows, const uint8_t* w, int64_t row, int64_t steps) {
@@ -100,7 +74,11 @@ ALWAYS void dots(const uint8_t* x, int64_t rows, const uint8_t* w, int64_t row, 
 
 }  // namespace
 #else
+
 namespace {
+
+bool have_tiles() { return false; }
 int64_t at_once(const Product&) { return MOST; }
+
 }  // namespace
 #endif

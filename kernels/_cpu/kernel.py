@@ -130,11 +130,14 @@ class NativeKernel(ABC):
 
     def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
         """See `Describing.describe`."""
-        few, number = (8, "bfloat16") if native.wide() else (2, "float32")
-        of = f"products of {'integers' if self.kind(layer).startswith('integers') else number}"
-        if self.kind(layer) == "integers8" and native.wide():
-            return ((None, f"{of}, codes as they are"),)
-        return (few, f"{of}, codes decoded in registers"), (None, f"{of}, codes decoded once, into the cache")
+        kind, number = self.kind(layer), "bfloat16" if native.wide() else "float32"
+        of = f"products of {'integers' if kind.startswith('integers') else number}"
+        held = "codes as they are" if kind == "integers8" and native.wide() else "codes decoded once, into the cache"
+        if native.tiled():
+            held = f"in tiles of 16 x 16, {held}"
+        elif held == "codes as they are":
+            return ((None, f"{of}, {held}"),)
+        return (native.few(kind), f"{of}, codes decoded in registers"), (None, f"{of}, {held}")
 
     def unpacked(self, words: Tensor, layer: Layer) -> Tensor:
         """Some of the blob's words -> codes, at most K columns."""

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,20 @@ from torch import Tensor
 from hf_quant.kernels._cpu.layout import KINDS, Kind, block
 
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-w")
-PARTS = ("amx", "avx512", "avx512_operands", "avx2", "avx2_operands", "operands", "tokens", "unfold", "vectors")
+PARTS = (
+    "ahead",
+    "amx",
+    "avx512",
+    "avx512_operands",
+    "avx2",
+    "avx2_operands",
+    "in_tiles",
+    "operands",
+    "outputs",
+    "tokens",
+    "unfold",
+    "vectors",
+)
 SOURCES = ("product.cpp", *(f"{name}.h" for name in PARTS))
 CPU = torch.device("cpu")
 WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma")
@@ -51,8 +65,15 @@ def wide() -> bool:
 
 @cache
 def tiled() -> bool:
-    """Whether it also has AMX, for many tokens, and a compiler that knows it."""
-    return wide() and torch.cpu._is_amx_tile_supported()
+    """Whether it has AMX as well, and the system grants it."""
+    return wide() and torch.cpu._is_amx_tile_supported() and bool(library().hf_quant_tiles())
+
+
+def few(kind: Kind) -> int:
+    """Tokens up to which codes are decoded in registers (`by_tokens` of product.cpp)."""
+    if tiled():
+        return 8 if kind.startswith("integers") else 4 if kind in ("scaled4", "bytes8", "levels8") else 2
+    return 8 if wide() else 2
 
 
 @cache
@@ -81,17 +102,24 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise OSError("there is no C++ compiler: neither $CXX, g++ nor clang++")
     sources = {name: files(__package__).joinpath(name).read_bytes() for name in SOURCES}
-    flags = (*FLAGS, *(WIDE if wide() else NARROW), *(TILES if tiled() else ()))
-    stamp = hashlib.sha256(b"".join(sources.values()) + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
+    if wide() and torch.cpu._is_amx_tile_supported():
+        with suppress(subprocess.SubprocessError):  # gcc knows them since 11
+            return _loaded((compiler, *FLAGS, *WIDE, *TILES), sources)
+    return _loaded((compiler, *FLAGS, *(WIDE if wide() else NARROW)), sources)
+
+
+def _loaded(command: tuple[str, ...], sources: dict[str, bytes]) -> ctypes.CDLL:
+    stamp = hashlib.sha256(b"".join(sources.values()) + " ".join(command).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_quant" / "cpu"
     made = folder / f"product-{stamp}.so"
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _compile((compiler, *flags), sources, made)
+        _compile(command, sources, made)
     found = ctypes.CDLL(str(made))
     found.hf_quant_product.argtypes = [ctypes.c_char_p]
     found.hf_quant_tokens.argtypes = _types("plllllpppppl")
     found.hf_quant_unfold.argtypes = _types("pllplpllpl")
+    found.hf_quant_tiles.restype = ctypes.c_int64
     for function in (found.hf_quant_product, found.hf_quant_tokens, found.hf_quant_unfold):
         function.restype = None
     return found

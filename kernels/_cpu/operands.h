@@ -1,6 +1,7 @@
 // How codes become operands. `Raw` is a block as loaded (of the r-th accumulator), `part<S>` the operand of its S-th
 // inputs. What they are depends on the machine: avx512_operands.h, avx2_operands.h.
 #pragma once
+#include "ahead.h"
 #include "vectors.h"
 
 namespace {
@@ -78,6 +79,25 @@ ALWAYS void hold(const OfRows& of, const uint8_t* w, int64_t row, F, uint8_t* to
         transpose(rows);
         each<16>([&](auto i) HERE { hold(rows[i], to + 64 * (16 * s + i)); });
     });
+}
+
+// What the codes of 16 outputs and some columns of a group are, operand by operand.
+template <class W, class X>
+ALWAYS void put_down(const Product& p, int64_t n, int64_t k, int64_t columns, int64_t g, uint8_t* to) {
+    constexpr int HELD = 64 * X::STEPS * (W::INPUTS / X::INPUTS);  // bytes of a block written down
+    const int64_t row = p.K / W::INPUTS * W::BYTES, blocks = columns / W::INPUTS;
+    const W of((const uint8_t*)p.table + p.at(g, n) * W::TABLE);
+    const uint8_t* from = p.w + place<W>(n, row) + k / W::INPUTS * W::BYTES;
+    for (int64_t b = 0, end; b < blocks; b = end) {  // as far as scales reach, where they are multiplied
+        const int64_t own = W::SCALED ? (k + b * W::INPUTS) / p.group : g;
+        end = W::SCALED ? std::min(blocks, ((own + 1) * p.group - k) / W::INPUTS) : blocks;
+        const F scale = W::SCALED ? ranges(p.s, p.at(own, n), p.narrow_s) : all(1.0f);
+        for (; b < end; ++b, to += HELD) {
+            const uint8_t* block = from + b * W::BYTES;
+            if constexpr (W::OUTPUTS == LANES) ahead<W::BYTES>(block);
+            hold(of, block, row, scale, to);
+        }
+    }
 }
 
 }  // namespace

@@ -10,7 +10,8 @@
 #include <atomic>
 #include <cstring>
 
-#include "amx.h"
+#include "in_tiles.h"
+#include "outputs.h"
 #include "tokens.h"
 #include "unfold.h"
 
@@ -43,7 +44,7 @@ ALWAYS void line(const Product& p, const Tiles& tiles, int64_t width, int64_t fi
         typename W::Acc acc[MB][SUMS];
         each<MB>([&](auto m) HERE { each<SUMS>([&](auto i) HERE { acc[m][i] = W::zero(); }); });
         auto block = [&](auto which) HERE {
-            each<W::BYTES / 64>([&](auto i) HERE { ahead(w + 64 * i); });
+            if constexpr (W::OUTPUTS == LANES) ahead<W::BYTES>(w);
             const typename W::Raw raw = of.load(w, 0);
             each<W::PARTS>([&](auto i) HERE {
                 constexpr int sum = (which * W::PARTS + i) % SUMS;
@@ -104,61 +105,6 @@ ALWAYS void chunk(const W& of, const uint8_t* w, int64_t row, const uint32_t* x,
             store(at, fma(s[r], number, load(at)));
         });
     });
-}
-
-template <int MB, int R>
-void write(const Product& p, int64_t first, int64_t tile, const float* C) {
-    for (int m = 0; m < MB && tile * MB + m < p.M; ++m) {
-        const int64_t token = tile * MB + m;
-        for (int r = 0; r < R; ++r) {
-            const int64_t n = first + r * LANES;
-            if (n >= p.N) break;
-            const Mask some = upto(p.N - n);
-            F y = load(C + (m * R + r) * LANES);
-            if (p.tensor) y = mul(y, all(*p.tensor));
-            if (p.zx) y = less(y, all(p.zx[token]), load(p.rows + n, some));
-            if (p.sx) y = mul(y, all(p.sx[token]));
-            if (p.narrow_y)
-                store((uint16_t*)p.y + token * p.N + n, some, y);
-            else
-                store((float*)p.y + token * p.N + n, some, y);
-        }
-    }
-}
-
-// The same where a vector of C is one output in 16 parts.
-template <int MB, int R>
-void write_sums(const Product& p, int64_t first, int64_t tile, const float* C) {
-    F v[LANES];
-    each<LANES>([&](auto i) HERE { v[i] = load(C + i % (MB * R) * LANES); });
-    alignas(64) float wide[LANES];
-    alignas(32) uint16_t narrow[LANES];
-    const F y = sums(v);
-    store(wide, y);
-    store(narrow, y);
-    for (int m = 0; m < MB && tile * MB + m < p.M; ++m)
-        for (int r = 0; r < R && first + r < p.N; ++r) {
-            const int64_t at = (tile * MB + m) * p.N + first + r;
-            if (p.narrow_y)
-                ((uint16_t*)p.y)[at] = narrow[m * R + r];
-            else
-                ((float*)p.y)[at] = wide[m * R + r];
-        }
-}
-
-// What the codes of 16 outputs and some columns of a group are, operand by operand; whole tiles of them, the rest 0.
-template <class W, class X>
-ALWAYS void put_down(const Product& p, int64_t n, int64_t k, int64_t columns, int64_t g, uint8_t* to) {
-    constexpr int HELD = 64 * X::STEPS * (W::INPUTS / X::INPUTS);  // bytes of a block written down
-    const int64_t row = p.K / W::INPUTS * W::BYTES, blocks = columns / W::INPUTS;
-    const W of((const uint8_t*)p.table + p.at(g, n) * W::TABLE);
-    const uint8_t* from = p.w + place<W>(n, row) + k / W::INPUTS * W::BYTES;
-    for (int64_t b = 0, end; b < blocks; b = end) {  // as far as scales reach, where they are multiplied
-        const int64_t own = W::SCALED ? (k + b * W::INPUTS) / p.group : g;
-        end = W::SCALED ? std::min(blocks, ((own + 1) * p.group - k) / W::INPUTS) : blocks;
-        const F scale = W::SCALED ? ranges(p.s, p.at(own, n), p.narrow_s) : all(1.0f);
-        for (; b < end; ++b, to += HELD) hold(of, from + b * W::BYTES, row, scale, to);
-    }
 }
 
 // All tokens for R accumulators of outputs. ONCE: what a chunk's codes are is written down first, for all tiles.
@@ -230,100 +176,6 @@ void multiply(const Product& p, const uint8_t* tokens) {
     });
 }
 
-#ifdef __AMX_TILE__
-// The same with tiles. What codes are is written down for 16 R outputs and some columns of a group; 16 A tokens at a time
-// pass over it.
-template <class W, int A, int R>
-ALWAYS void square(const Product& p, const uint8_t* x, int64_t rows, const uint8_t* w, int64_t row, int64_t steps,
-                   const float* sums, int64_t next, const F (&s)[2], const F (&d)[2], int tokens, float* C, uint8_t* scratch) {
-    constexpr int64_t STRIDE = 2 * LANES * sizeof(float);
-    each<A * R>([&](auto i) HERE {
-        constexpr int a = i / R, r = i % R;
-        if constexpr (W::SCALED)
-            tile_load<a * 2 + r>(C + (a * SIDE * 2 + r) * LANES, STRIDE);
-        else
-            tile_zero<a * 2 + r>();
-    });
-    dots<W::INTEGERS, A, R>(x, rows, w, row, steps);
-    each<A * R>([&](auto i) HERE {
-        constexpr int a = i / R, r = i % R;
-        float* to = C + (a * SIDE * 2 + r) * LANES;
-        if constexpr (W::SCALED) return tile_store<a * 2 + r>(to, STRIDE);
-        tile_store<a * 2 + r>(scratch, 64);
-        for (int m = 0; m < tokens; ++m, to += 2 * LANES) {
-            auto acc = (typename W::Acc)held<V>(scratch + 64 * m);
-            const float of = sums[a * next + m];
-            if constexpr (W::INTEGERS) acc = add(acc, all((int)(-p.middle * (int)of)));
-            F number = W::number(acc);
-            if (p.d) number = fma(d[r], all(of), number);
-            store(to, fma(s[r], number, load(to)));
-        }
-    });
-}
-
-template <class W>
-void in_tiles(const Product& p, const uint8_t* tokens) {
-    using X = Decoded<typename W::As>;
-    constexpr int INPUTS = 16 * X::EACH, WIDEST = 16 * INPUTS;  // of a tile; written down at once
-    int64_t width = std::min(p.group, p.K);
-    if (W::SCALED || width == p.K || width % WIDEST == 0) width = std::min<int64_t>(WIDEST, p.K);
-    const int64_t count = (p.M + SIDE - 1) / SIDE, chunks = (p.K + width - 1) / width;
-    const int64_t steps = (width + INPUTS - 1) / INPUTS, row = p.K / W::INPUTS * W::BYTES;
-    const int64_t units = p.units(), strips = (units + 1) / 2;
-    const int high = (int)std::min<int64_t>(SIDE, p.M);  // rows of a tile
-    auto x = buffer<uint8_t>(count * chunks * steps * TILE);
-    auto sums = buffer<float>(count * chunks * SIDE);
-    std::atomic<int64_t> tile{0}, turn{0};
-    together(count > 1 ? p.threads : 1, [&] {
-        for (int64_t t; (t = tile++) < count;) tokens_of_tile<X>(tokens, p, width, steps, t, x.get(), sums.get());
-    });
-    together(p.threads, [&] {
-        const Configured tiles(high);
-        auto C = buffer<float>(count * SIDE * 2 * LANES);
-        auto panel = buffer<uint8_t>(2 * steps * TILE), scratch = buffer<uint8_t>(TILE);
-        for (int64_t i; (i = turn++) < strips;) {
-            const int64_t first = i * 2 * LANES, side = std::min<int64_t>(2, units - i * 2);
-            std::memset(C.get(), 0, sizeof(float) * count * SIDE * 2 * LANES);
-            for (int64_t c = 0, g = 0; c < chunks; ++c) {
-                const int64_t k = c * width, columns = std::min(width, p.K - k);
-                g += k >= (g + 1) * p.group;
-                F s[2], d[2];
-                const uint8_t* w = panel.get();
-                int64_t apart = steps * TILE;
-                const bool direct = !W::DECODES && columns % INPUTS == 0;
-                if (direct) w = p.w + i * 2 * row + k / W::INPUTS * W::BYTES, apart = row;
-                for (int64_t r = 0; r < side; ++r) {
-                    const int64_t n = first + r * LANES;
-                    s[r] = W::SCALED || !p.s ? all(1.0f) : ranges(p.s, p.at(g, n), p.narrow_s);
-                    d[r] = p.d ? ranges(p.d, p.at(g, n), p.narrow_d) : all(0.0f);
-                    if (direct) continue;
-                    uint8_t* to = panel.get() + r * steps * TILE;
-                    put_down<W, X>(p, n, k, columns, g, to);
-                    std::memset(to + columns / INPUTS * TILE + columns % INPUTS / X::EACH * 64, 0, (INPUTS - columns % INPUTS) % INPUTS / X::EACH * 64);
-                }
-                const int64_t deep = (columns + INPUTS - 1) / INPUTS;
-                for (int64_t t = 0; t < count; t += 2) {
-                    const uint8_t* at = x.get() + (t * chunks + c) * steps * TILE;
-                    const float* of = sums.get() + (t * chunks + c) * SIDE;
-                    float* to = C.get() + t * SIDE * 2 * LANES;
-                    const int64_t rows = chunks * steps * TILE, next = chunks * SIDE;
-                    auto with = [&](auto a, auto r) HERE {
-                        square<W, a, r>(p, at, rows, w, apart, deep, of, next, s, d, high, to, scratch.get());
-                    };
-                    const std::integral_constant<int, 1> one;
-                    const std::integral_constant<int, 2> two;
-                    if (side == 2)
-                        t + 1 < count ? with(two, two) : with(one, two);
-                    else
-                        t + 1 < count ? with(two, one) : with(one, one);
-                }
-            }
-            for (int64_t t = 0; t < count; ++t) write<SIDE, 2>(p, first, t, C.get() + t * SIDE * 2 * LANES);
-        }
-    });
-}
-#endif
-
 template <class W>
 void by_tokens(const Product& p, const uint8_t* tokens) {
 #ifdef __AMX_TILE__
@@ -349,6 +201,8 @@ void by_tokens(const Product& p, const uint8_t* tokens) {
 }
 
 }  // namespace
+
+extern "C" int64_t hf_quant_tiles() { return have_tiles(); }
 
 extern "C" void hf_quant_product(const Product* whole) {
     Product p = *whole;

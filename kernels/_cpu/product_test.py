@@ -66,7 +66,14 @@ def test_products(kind: Kind, shifted: bool) -> None:
     integers, bits = kind.startswith("integers"), int(kind[-1])
     middle = 1 << (bits - 1)
     small = 128 if kind == "rows4" else 8
-    for N, K, group in ((1, 1, 8), (37, 100, 1 << 40), (48, 192, 64), (100, 520, 8), (70, 1040, 520)):
+    for N, K, group in (
+        (1, 1, 8),
+        (37, 100, 1 << 40),
+        (48, 192, 64),
+        (100, 520, 8),
+        (70, 1040, 520),
+        (33, 1100, 1 << 40),
+    ):
         group = 1 << 40 if group >= K else -(-group // small) * small
         codes = torch.randint(0, 1 << bits, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(K))
         G, rows = -(-K // group), -(-N // 16) * 16
@@ -109,6 +116,30 @@ def test_products(kind: Kind, shifted: bool) -> None:
             assert ((y_MN.double() - exact @ W_NK.T).abs() <= once * size + 1e-30).all()
             narrow = native.multiply(x_MK, blob, N, kind, group, middle, torch.bfloat16, *ranges)
             assert torch.equal(narrow, y_MN.bfloat16())
+
+
+@needs_it
+@pytest.mark.parametrize("threads", [1, 2])
+def test_its_products_and_torchs_own_take_turns(threads: int) -> None:
+    """Where both multiply tiles, each finds them as it needs them."""
+    W_NK, x_TK = drawn(64, 256).bfloat16(), drawn(40, 256).bfloat16()
+    codes = torch.randint(0, 256, (64, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    empty, scale = torch.empty(0), by_strip(torch.ones(64, 1), 64)
+    blob = [layout.pack(codes, "integers8"), scale, empty, empty, empty, empty]
+    known = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = []
+        for _ in range(3):
+            ours = native.multiply(x_TK, blob, 64, "integers8", 256, 128, torch.float32, native.Grid(-127, 127, False))
+            found.append((torch.nn.functional.linear(x_TK, W_NK), ours))
+    finally:
+        torch.set_num_threads(known)
+    codes_TK, scale_T, _ = native.quantize(x_TK, native.Grid(-127, 127, False))
+    exact = (codes_TK.double() @ (codes.double() - 128).T) * scale_T[:, None].double()
+    for theirs, ours in found:
+        assert torch.allclose(theirs.double(), x_TK.double() @ W_NK.double().T, rtol=2**-7, atol=2**-3)
+        assert torch.allclose(ours.double(), exact, rtol=2**-20, atol=1e-3)
 
 
 @needs_it

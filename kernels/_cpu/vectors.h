@@ -76,9 +76,6 @@ struct Product {
 
 namespace {
 
-// Weights that one token will read next: they come out of memory faster than the processor would guess.
-ALWAYS void ahead(const uint8_t* w) { _mm_prefetch((const char*)w + 2048, _MM_HINT_T1); }
-
 // Scales and shifts of 16 outputs, bfloat16 or float32.
 ALWAYS F ranges(const void* at, int64_t index, bool narrow) {
     if (narrow) return widened((const uint16_t*)at + index);
