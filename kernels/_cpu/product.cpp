@@ -1,11 +1,12 @@
-// y = x W^T with W of 4 or 8 bits, decoded in registers or, for many tokens, once into the first-level cache.
+// y = x W^T with W of 4 or 8 bits, decoded in registers or, for many tokens, once into the first-level cache (with AMX:
+// in_tiles.h).
 //
 // W lies in blocks of 16 outputs x 8 inputs (layout.py). bfloat16 tokens are multiplied with bfloat16 values of a table
 // (vdpbf16ps), int8 tokens with the codes themselves (vpdpbusd); both add in 32 bits until a group of columns ends:
 //
 //     y[m, n] = sx[m] (tensor sum_g s[g, n] (sum_k x[m, k] (c[n, k] - middle) + d[g, n] sum_k x[m, k]) - zx[m] rows[n])
 //
-// Needs AVX-512 with VNNI and BF16. OpenMP's functions are those of the process that loads it.
+// OpenMP's functions are those of the process that loads it.
 #include <algorithm>
 #include <atomic>
 #include <cstring>

@@ -89,7 +89,7 @@ def test_tables_come_from_the_json(measured: dict[str, Any]) -> None:
     assert tables.figures([]) == "On GPUs: not measured."
 
 
-@pytest.mark.parametrize(("folder", "marks"), [(2, ["memory", "gpu"]), (1, ["figures", "cpu", "cpu-avx2"])])
+@pytest.mark.parametrize(("folder", "marks"), [(2, ["memory", "gpu"]), (1, ["figures", "cpu-amx", "cpu", "cpu-avx2"])])
 def test_readmes_have_the_figures_of_the_results(folder: int, marks: list[str]) -> None:
     text = (Path(__file__).parents[folder] / "README.md").read_text()
     assert all(f"<!-- {mark} -->" in text for mark in marks)

@@ -1,6 +1,7 @@
 """Processor time of quantized linear layers on CPU, one thread, beside torch's own and other libraries.
 
-`python -m hf_quant.kernels.bench.cpu 2048 2048 > kernels/bench/cpu.json` (`cpu-avx2.json` where AVX2 is all there is):
+`python -m hf_quant.kernels.bench.cpu 2048 2048 > kernels/bench/cpu-amx.json` (`cpu.json` where AVX-512 is all there is,
+`cpu-avx2.json` where AVX2 is):
 milliseconds by layer, path and number of tokens. All take turns in one process, and before each call 64 MB of something
 else are read: everybody's weights come out of memory, as they do in a model, whoever was there before. Processor time,
 and the least of many calls, because a busy machine does not spoil these. Other libraries (`cpu_peers.py`) take part
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from hf_quant.formats import Layer, choose_kernel, format_named
 from hf_quant.grids import E4M3, CodebookGrid, FloatGrid, LevelGrid, MiniFloatGrid
+from hf_quant.kernels._cpu import native
 from hf_quant.kernels.bench.contenders import random_weight
 from hf_quant.kernels.bench.cpu_peers import PEERS, Bind, Call, Peer
 from hf_quant.kernels.bnb_4bit.format import NF4
@@ -138,7 +140,7 @@ def measure(
     torch.set_num_threads(threads)
     used = {"python": platform.python_version(), "torch": torch.__version__}
     used |= {p.package: version(p.package) for p in peers if p.name in others and p.package is not None}
-    machine = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": 1, **used}
+    machine = {"cpu": "AMX" if native.tiled() else torch.backends.cpu.get_cpu_capability(), "threads": 1, **used}
     bits = {p.name: {"weights": p.weights, "inputs": p.inputs} for p in peers if p.name in others}
     ours = {
         title: {"weights": _bits(weights), "inputs": 16 if inputs is None else _bits(inputs)}

@@ -1,7 +1,7 @@
 """The figures of the READMEs, written from JSON: `python kernels/bench/tables.py README.md kernels/README.md`.
 
 They stand between marks: `<!-- figures -->` and `<!-- /figures -->` for GPUs (`results/`), `gpu` for a paragraph on
-GPUs, `cpu` and `cpu-avx2` for products on CPU (`cpu.json`, `cpu-avx2.json`), `memory` for resident memory
+GPUs, `cpu`, `cpu-amx` and `cpu-avx2` for products on CPU (`cpu.json` and so on), `memory` for resident memory
 (`cpu_memory.json` of examples/benchmarks). Without any JSON of a GPU they say that nothing was measured.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-CPU = {"cpu": HERE / "cpu.json", "cpu-avx2": HERE / "cpu-avx2.json"}
+CPU = {name: HERE / f"{name}.json" for name in ("cpu", "cpu-amx", "cpu-avx2")}
 MEMORY = HERE.parents[1] / "examples" / "benchmarks" / "results" / "cpu_memory.json"
 
 
