@@ -93,6 +93,34 @@ ALWAYS int unordered(F v) {
 }
 ALWAYS V nearest(F v) { return {_mm256_cvtps_epi32(v.low), _mm256_cvtps_epi32(v.high)}; }
 ALWAYS F number(V v) { return {_mm256_cvtepi32_ps(v.low), _mm256_cvtepi32_ps(v.high)}; }
+ALWAYS V words(const uint8_t* at) {
+    return {_mm256_loadu_si256((const __m256i*)at), _mm256_loadu_si256((const __m256i*)at + 1)};
+}
+ALWAYS V halves(const uint8_t* at) {
+    const __m128i* half = (const __m128i*)at;
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128(half)), _mm256_cvtepu16_epi32(_mm_loadu_si128(half + 1))};
+}
+template <int BITS>
+ALWAYS V right(V v) {
+    return {_mm256_srli_epi32(v.low, BITS), _mm256_srli_epi32(v.high, BITS)};
+}
+template <int I>
+ALWAYS V signed_byte(V v) {
+    return {_mm256_srai_epi32(_mm256_slli_epi32(v.low, 24 - 8 * I), 24),
+            _mm256_srai_epi32(_mm256_slli_epi32(v.high, 24 - 8 * I), 24)};
+}
+ALWAYS V lowest_byte(V v) {
+    const __m256i byte = _mm256_set1_epi32(255);
+    return {_mm256_and_si256(v.low, byte), _mm256_and_si256(v.high, byte)};
+}
+ALWAYS __m256 looked_up(__m256i v, F table) {
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, v), _mm256_permutevar8x32_ps(table.high, v),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(v, 28)));
+}
+ALWAYS F looked_up(V v, const float* table) {
+    return {_mm256_i32gather_ps(table, v.low, 4), _mm256_i32gather_ps(table, v.high, 4)};
+}
+ALWAYS F looked_up(V v, F table) { return {looked_up(v.low, table), looked_up(v.high, table)}; }  // by four bits
 
 template <class T>
 ALWAYS T held(const uint8_t* at) {

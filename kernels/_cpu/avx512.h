@@ -45,6 +45,19 @@ ALWAYS V held(const uint8_t* at) {
 }
 ALWAYS void hold(V v, uint8_t* at) { _mm512_store_si512(at, v); }
 ALWAYS F number(V v) { return _mm512_cvtepi32_ps(v); }
+ALWAYS V words(const uint8_t* at) { return _mm512_loadu_si512(at); }
+ALWAYS V halves(const uint8_t* at) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)); }
+template <int BITS>
+ALWAYS V right(V v) {
+    return _mm512_srli_epi32(v, BITS);
+}
+template <int I>
+ALWAYS V signed_byte(V v) {
+    return _mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * I), 24);
+}
+ALWAYS V lowest_byte(V v) { return _mm512_and_si512(v, _mm512_set1_epi32(255)); }
+ALWAYS F looked_up(V v, const float* table) { return _mm512_i32gather_ps(v, table, 4); }
+ALWAYS F looked_up(V v, F table) { return _mm512_permutexvar_ps(v, table); }  // by the lowest four bits
 
 ALWAYS void transpose(V (&v)[16]) {  // words of 16 rows
     V t[16];

@@ -14,10 +14,12 @@ from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels._cpu import layout, native
 from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.kernels._cpu.memory import room
+from hf_quant.products import operand
 from hf_quant.runtime.activation import fake_quantize
 from hf_quant.spec import Spec
 
 SLICE = 1 << 19  # weights unpacked at once
+COLUMNS = 1 << 20  # weights made dense at once
 LONGEST_SUM = (2**31 - 1) // (255 * 128)  # products of 8-bit codes that an int32 always holds
 
 
@@ -157,6 +159,21 @@ class NativeKernel(ABC):
             W = W + own[1] if len(own) > 1 else W
             found[rows] = (W * own[0]).sum(1)
         return found
+
+
+class WithGradient(NativeKernel):
+    """One whose weight `native.dense` knows: `Differentiating`."""
+
+    def gradient(self, grad_TN: Tensor, tensors: Tensors, blob: list[Tensor], layer: Layer) -> Tensor:
+        """See `Differentiating.gradient`: some columns of the weight at a time."""
+        kind, group, middle, _ = _facts(self, layer.key)
+        (N, K), grad = layer.shape, operand(grad_TN)
+        grad_TK, step = grad_TN.new_empty(grad_TN.shape[0], K), max(8, COLUMNS // max(1, N) // 8 * 8)
+        for first in range(0, K, step):
+            columns = slice(first, min(first + step, K))
+            W_KN = native.dense(blob, N, columns, kind, group, middle, grad_TN.dtype)
+            grad_TK[:, columns] = grad @ W_KN.to(grad.dtype).T
+        return grad_TK
 
 
 def _rounded(N: int) -> int:

@@ -27,6 +27,7 @@ PARTS = (
     "avx512_operands",
     "avx2",
     "avx2_operands",
+    "dense",
     "in_tiles",
     "operands",
     "outputs",
@@ -119,8 +120,9 @@ def _loaded(command: tuple[str, ...], sources: dict[str, bytes]) -> ctypes.CDLL:
     found.hf_quant_product.argtypes = [ctypes.c_char_p]
     found.hf_quant_tokens.argtypes = _types("plllllpppppl")
     found.hf_quant_unfold.argtypes = _types("pllplpllpl")
+    found.hf_quant_dense.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
     found.hf_quant_tiles.restype = ctypes.c_int64
-    for function in (found.hf_quant_product, found.hf_quant_tokens, found.hf_quant_unfold):
+    for function in (found.hf_quant_product, found.hf_quant_dense, found.hf_quant_tokens, found.hf_quant_unfold):
         function.restype = None
     return found
 
@@ -200,6 +202,32 @@ def multiply(
     )
     library().hf_quant_product(product)
     return y_MN
+
+
+def dense(
+    blob: list[Tensor], N: int, columns: slice, kind: Kind, group: int, middle: int, dtype: torch.dtype
+) -> Tensor:
+    """Some columns of the weight, transposed: `W_NK[:, columns].T`, each number rounded to `dtype` once.
+
+    Args:
+        blob: see `multiply`.
+        N: outputs.
+        columns: from the beginning of a block.
+        kind: one whose values are in a table of 16, or that has no table.
+        group: see `multiply`.
+        middle: the code that stands for 0 where no table says so.
+        dtype: bfloat16 or float32.
+    """
+    words, scale, shift, table, _, tensor = blob
+    W_KN = torch.empty(columns.stop - columns.start, N, dtype=dtype, device=CPU)
+    width = words.shape[1] * block(kind)[1]
+    group = min(group, width)
+    at = [t.data_ptr() for t in (words, table, scale, shift)]
+    narrow = [t.dtype == torch.bfloat16 for t in (scale, shift, W_KN)]
+    facts = (0, N, width, width, group, -(-width // group), KINDS.index(kind), middle, False, *narrow, 0, 0, 0)
+    record = PRODUCT.pack(0, *at, 0, tensor.data_ptr(), 0, 0, W_KN.data_ptr(), *facts, torch.get_num_threads())
+    library().hf_quant_dense(record, columns.start, columns.stop)
+    return W_KN
 
 
 def table(values: Tensor, kind: Kind) -> Tensor:

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "dense.h"
 #include "in_tiles.h"
 #include "outputs.h"
 #include "tokens.h"

@@ -99,6 +99,11 @@ def test_products(kind: Kind, shifted: bool) -> None:
             torch.nn.functional.pad(W_NK.sum(1).float(), (0, rows - N)) if zero is not None else torch.empty(0),
             tensor if kind == "scaled4" else torch.empty(0),
         ]
+        if kind != "rows4":
+            rounded_once = (values + shift[of, :N].T) * scale[of, :N].T * tensor
+            for dtype, first in ((torch.float32, 0), (torch.bfloat16, 8 * (K > 8))):
+                W_KN = native.dense(blob, N, slice(first, K), kind, group, middle, dtype)
+                assert torch.equal(W_KN, rounded_once[:, first:].T.to(dtype))
         for M in (0, 1, 2, 3, 7, 9, 41, *((530,) if K == 100 else ())):
             ranges: tuple[native.Grid, native.Ranges] | tuple[()] = ()
             if integers:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
-from hf_quant.kernels._cpu.kernel import NativeKernel
+from hf_quant.kernels._cpu.kernel import WithGradient
 from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.kernels.bnb_4bit.scales import block_scales
 
 
 @dataclass(frozen=True, slots=True)
-class Native(NativeKernel):
+class Native(WithGradient):
     """`table[code] scale`; `levels` in the order of bitsandbytes' codes."""
 
     levels: tuple[float, ...]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
-from hf_quant.kernels._cpu.kernel import NativeKernel, integer_tokens
+from hf_quant.kernels._cpu.kernel import WithGradient, integer_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Native(NativeKernel):
+class Native(WithGradient):
     """Exact in int32 until the scales."""
 
     def takes(self, layer: Layer) -> str | None:

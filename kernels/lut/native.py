@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import E4M3, CodebookGrid, FloatGrid, TableGrid
-from hf_quant.kernels._cpu.kernel import NativeKernel
+from hf_quant.kernels._cpu.kernel import NativeKernel, WithGradient
 from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.kernels._gemm.kernel import by_row
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
@@ -19,7 +19,7 @@ from hf_quant.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)
-class Native(NativeKernel):
+class Native(WithGradient):
     """`table[code] scale` with up to 16 values of any kind, or up to 256 that are bfloat16 numbers."""
 
     def takes(self, layer: Layer) -> str | None:
