@@ -1,11 +1,14 @@
-"""Models in float32 run on the product where it multiplies floats; where it multiplies bfloat16 they are refused."""
+"""Models in float32 run on the product: where it multiplies bfloat16, three times or on a weight made dense."""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hf_quant.formats import Layer, format_for
 from hf_quant.grids import E4M3, CodebookGrid, FloatGrid, LevelGrid, MiniFloatGrid
 from hf_quant.kernels._cpu import native
+from hf_quant.kernels._cpu.float32 import in_terms
 from hf_quant.kernels._cpu.kernel import NativeKernel
 from hf_quant.kernels.bnb_4bit.format import NF4
 from hf_quant.runtime.packed import refit
@@ -25,9 +28,12 @@ def native_kernel(layer: Layer) -> NativeKernel:
     return next(k for k in format_for(layer).kernels if isinstance(k, NativeKernel))
 
 
-@pytest.mark.skipif(native.why_not() is not None or native.wide(), reason="no product of floats on this processor")
+@pytest.mark.skipif(native.why_not() is not None, reason="no product on this processor")
+@pytest.mark.parametrize("tiled", [True, False])
 @pytest.mark.parametrize("name", SPECS)
-def test_one_hot_inputs_print_the_float32_weight(name: str) -> None:
+def test_one_hot_inputs_print_the_float32_weight(name: str, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not tiled:
+        monkeypatch.setattr(native, "tiled", lambda: False)
     layer = Layer((40, 192), SPECS[name])
     fmt, kernel = format_for(layer), native_kernel(layer)
     tensors = fmt.pack(refit(torch.randn(40, 192, generator=torch.Generator().manual_seed(0)), layer.weights))
@@ -46,7 +52,10 @@ def test_levels_that_lie_in_bfloat16_are_for_bfloat16() -> None:
     assert "fast in bfloat16 only" in str(native_kernel(layer).supports(layer, CPU, torch.float32))
 
 
-def test_products_of_bfloat16_are_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "wide", lambda: True)
-    layer = Layer((16, 64), int_spec(4, 32))
-    assert "fast in bfloat16 only" in str(native_kernel(layer).supports(layer, CPU, torch.float32))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, min_value=-(2.0**100), max_value=2.0**100), min_size=1, max_size=8)
+)
+def test_three_numbers_of_bfloat16_are_one_of_float32(numbers: list[float]) -> None:
+    x_TK = torch.tensor([numbers])
+    high, mid, low = in_terms(x_TK).double()
+    assert ((high + mid + low - x_TK.double()).abs() <= 2**-24 * x_TK.abs().double() + 1e-38).all()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_quant.formats import ALONE, Around, Layer, Tensors
 from hf_quant.grids import FloatGrid, IntGrid
-from hf_quant.kernels._cpu import layout, native
+from hf_quant.kernels._cpu import float32, layout, native
 from hf_quant.kernels._cpu.layout import Kind
 from hf_quant.kernels._cpu.memory import room
 from hf_quant.products import operand
@@ -19,7 +19,6 @@ from hf_quant.runtime.activation import fake_quantize
 from hf_quant.spec import Spec
 
 SLICE = 1 << 19  # weights unpacked at once
-COLUMNS = 1 << 20  # weights made dense at once
 LONGEST_SUM = (2**31 - 1) // (255 * 128)  # products of 8-bit codes that an int32 always holds
 
 
@@ -71,8 +70,9 @@ class NativeKernel(ABC):
             return reason
         kind = self.kind(layer)
         integers = kind.startswith("integers")
-        both = integers or not (native.wide() or kind == "rows4")  # the levels of rows lie in bfloat16
-        kinds = (torch.bfloat16, torch.float32) if both else (torch.bfloat16,)
+        kinds = (
+            (torch.bfloat16,) if kind == "rows4" else (torch.bfloat16, torch.float32)
+        )  # levels of rows lie in bfloat16
         if dtype not in kinds:
             return f"fast in {' and '.join(str(k).removeprefix('torch.') for k in kinds)} only, not {dtype}"
         group, K = layer.weights.block_size(layer.shape)[1], layer.shape[1]
@@ -128,12 +128,20 @@ class NativeKernel(ABC):
             x_TK = rounded(x_TK, layer.inputs, tensors)
         elif "input_scale" in tensors:
             ranges = static_ranges(tensors, around.entry_T, len(x_TK))
+        if grid is None and x_TK.dtype == torch.float32 and native.wide():
+            return float32.multiply(x_TK, blob, layer.shape[0], kind, group, middle)
         return native.multiply(x_TK.contiguous(), blob, layer.shape[0], kind, group, middle, x_TK.dtype, grid, ranges)
 
     def describe(self, blob: list[Tensor], layer: Layer, dtype: torch.dtype) -> tuple[tuple[int | None, str], ...]:
         """See `Describing.describe`."""
         kind, number = self.kind(layer), "bfloat16" if native.wide() else "float32"
         of = f"products of {'integers' if kind.startswith('integers') else number}"
+        if of.endswith("bfloat16") and dtype == torch.float32:
+            return (
+                (None, "products of float32, the weight decoded some columns at a time")
+                if kind == "floats4"
+                else (None, "three products of bfloat16 a number, codes decoded once"),
+            )
         held = "codes as they are" if kind == "integers8" and native.wide() else "codes decoded once, into the cache"
         if native.tiled():
             held = f"in tiles of 16 x 16, {held}"
@@ -168,11 +176,10 @@ class WithGradient(NativeKernel):
         """See `Differentiating.gradient`: some columns of the weight at a time."""
         kind, group, middle, _ = _facts(self, layer.key)
         (N, K), grad = layer.shape, operand(grad_TN)
-        grad_TK, step = grad_TN.new_empty(grad_TN.shape[0], K), max(8, COLUMNS // max(1, N) // 8 * 8)
-        for first in range(0, K, step):
-            columns = slice(first, min(first + step, K))
-            W_KN = native.dense(blob, N, columns, kind, group, middle, grad_TN.dtype)
-            grad_TK[:, columns] = grad @ W_KN.to(grad.dtype).T
+        grad_TK = grad_TN.new_empty(grad_TN.shape[0], K)
+        for some in float32.columns(N, K):
+            W_KN = native.dense(blob, N, some, kind, group, middle, grad_TN.dtype)
+            grad_TK[:, some] = grad @ W_KN.to(grad.dtype).T
         return grad_TK
 
 

@@ -9,7 +9,6 @@ from hf_quant.formats import Layer, format_for
 from hf_quant.grids import LevelGrid
 from hf_quant.kernels._cpu import native
 from hf_quant.kernels.bnb_4bit.format import NF4
-from hf_quant.products import multiplies_bfloat16
 from hf_quant.qtensor import as_blocks, from_extremes, nearest
 from hf_quant.runtime.clock import Clock
 from hf_quant.runtime.linear import QuantLinear
@@ -29,10 +28,7 @@ N, K = 40, 96
     ],
 )
 def test_it_is_what_rounding_before_the_product_gives(weights: Spec, fused: set[str], symmetric: bool) -> None:
-    """Other timesteps for each sample included, and the gradient to the input. Tables are multiplied by floats.
-
-    Where bfloat16 is multiplied by the processor, a table is in bfloat16 alone: float32 is the reference's there.
-    """
+    """Other timesteps for each sample included, and the gradient to the input. Tables are multiplied by floats."""
     torch.manual_seed(0)
     W_NK, x = torch.randn(N, K), torch.randn(2, 5, K)
     blocks = as_blocks(W_NK, weights)
@@ -42,7 +38,7 @@ def test_it_is_what_rounding_before_the_product_gives(weights: Spec, fused: set[
     fmt = format_for(Layer((N, K), weights, inputs))
     layer = QuantLinear.from_qtensor(q, fmt, inputs=inputs, input_range=ranges)
     layer.clock = Clock((0, 10, 20))
-    assert layer.kernel == ("native-cpu" if fused or not multiplies_bfloat16() else "reference")
+    assert layer.kernel == "native-cpu"
     assert layer.fused == fused
     found = []
     for steps in ([0, 0], [19, 1], [11]):
