@@ -25,7 +25,7 @@ def multiply(x_TK: Tensor, blob: list[Tensor], N: int, kind: Kind, group: int, m
             y_TN.addmm_(x_TK[:, some], native.dense(blob, N, some, kind, group, middle, torch.float32))
         return y_TN
     y_STN = native.multiply(in_terms(x_TK), blob, N, kind, group, middle, torch.float32).view(3, T, N)
-    return y_STN[2].add_(y_STN[1]).add_(y_STN[0])
+    return y_STN[0] + y_STN[2].add_(y_STN[1])
 
 
 def in_terms(x_TK: Tensor) -> Tensor:
