@@ -200,12 +200,16 @@ def test_prepare_for_training() -> None:
     model = hf_quant.prepare_for_training(llama())
     assert not any(p.requires_grad for p in model.parameters())
     assert model.is_gradient_checkpointing
-    plain, again = tuned(llama()), tuned(model)
-    for one in (plain, again):
+    plain, before, after = tuned(llama()), tuned(model), hf_quant.prepare_for_training(tuned(llama()))
+    assert after.is_gradient_checkpointing
+    for one in (plain, before, after):
         one.train()
         loss(one).backward()
-    for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
+    for (name, a), b, c in zip(plain.named_parameters(), before.parameters(), after.parameters(), strict=True):
         if "lora" in name:
             assert torch.allclose(a.grad, b.grad, atol=1e-6)
+            assert torch.allclose(a.grad, c.grad, atol=1e-6)
+        else:
+            assert not c.requires_grad
     with pytest.raises(UnsupportedModel, match="no packed layer"):
         hf_quant.prepare_for_training(nn.Linear(4, 4))

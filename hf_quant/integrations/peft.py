@@ -10,6 +10,7 @@ from typing import Any
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import QALoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_quant.errors import ConfigError, UnsupportedModel
@@ -105,13 +106,13 @@ def register() -> None:
 
 
 def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool = True) -> nn.Module:
-    """Make a quantized model ready for adapters: nothing of it trains, gradients reach the first of them.
+    """Make a quantized model ready for adapters, before or after it has them: nothing of it trains, gradients reach them.
 
     Unlike `peft.prepare_model_for_kbit_training` it casts nothing to float32: what is frozen gains nothing by it, the
     copies of embeddings and scales cost memory, and activations of another type leave the fast kernels.
 
     Args:
-        model: a quantized model, in place.
+        model: a quantized model, in place. Adapters that it has already go on training.
         gradient_checkpointing: recompute activations in the backward pass (non-reentrant), where the model can.
 
     Returns:
@@ -127,7 +128,8 @@ def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool = Tru
         )
     if any(m.qweight.is_meta for m in packed):
         raise UnsupportedModel("the model is offloaded; training needs its weights on the device: load it without")
-    model.requires_grad_(False)
+    if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):  # else PEFT has frozen all but its own
+        model.requires_grad_(False)
     anything: Any = model
     if hasattr(model, "enable_input_require_grads"):
         anything.enable_input_require_grads()
