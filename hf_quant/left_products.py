@@ -13,8 +13,9 @@ def left_products(module: nn.Module, paths: Sequence[str], see: Callable[[str, T
 
     So a layer is seen whose forward is never called: the time steps of Mamba.
     """
-    weights = {p: getattr(module.get_submodule(p), "weight", None) for p in paths}
-    return _LeftProducts({id(w): p for p, w in weights.items() if isinstance(w, nn.Parameter)}, see)
+    own = {p: dict(module.get_submodule(p).named_parameters(recurse=False)) for p in paths}
+    # what a property makes of other tensors is another object every time, and its id soon somebody else's
+    return _LeftProducts({id(named["weight"]): p for p, named in own.items() if "weight" in named}, see)
 
 
 class _LeftProducts(TorchFunctionMode):
