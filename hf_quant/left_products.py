@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-def left_products(module: nn.Module, paths: Sequence[str], see: Callable[[str, Tensor], None]) -> TorchFunctionMode:
+def left_products(module: nn.Module, paths: Sequence[str], see: Callable[[str, Tensor], None]) -> "_LeftProducts":
     """While it is entered, calls `see(path, x)` for every `W_NK @ x_KT` with a submodule's float weight.
 
     So a layer is seen whose forward is never called: the time steps of Mamba.
