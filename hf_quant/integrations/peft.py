@@ -106,7 +106,7 @@ def register() -> None:
 
 
 def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool = True) -> nn.Module:
-    """Make a quantized model ready for adapters, before or after it has them: nothing of it trains, gradients reach them.
+    """Make a quantized model ready for adapters that it has or gets: nothing else of it trains, gradients reach them.
 
     Unlike `peft.prepare_model_for_kbit_training` it casts nothing to float32: what is frozen gains nothing by it, the
     copies of embeddings and scales cost memory, and activations of another type leave the fast kernels.
