@@ -211,5 +211,8 @@ def test_prepare_for_training() -> None:
             assert torch.allclose(a.grad, c.grad, atol=1e-6)
         else:
             assert not c.requires_grad
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)  # of no layer
+    prompted = hf_quant.prepare_for_training(get_peft_model(llama(), prompts))
+    assert [n for n, p in prompted.named_parameters() if p.requires_grad] == ["prompt_encoder.default.embedding.weight"]
     with pytest.raises(UnsupportedModel, match="no packed layer"):
         hf_quant.prepare_for_training(nn.Linear(4, 4))

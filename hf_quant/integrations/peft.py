@@ -128,7 +128,8 @@ def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool = Tru
         )
     if any(m.qweight.is_meta for m in packed):
         raise UnsupportedModel("the model is offloaded; training needs its weights on the device: load it without")
-    if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):  # else PEFT has frozen all but its own
+    adapted = hasattr(model, "peft_config") or any(isinstance(m, BaseTunerLayer) for m in model.modules())
+    if not adapted:  # else PEFT has frozen all but its own
         model.requires_grad_(False)
     anything: Any = model
     if hasattr(model, "enable_input_require_grads"):

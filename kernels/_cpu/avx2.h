@@ -113,14 +113,16 @@ ALWAYS V lowest_byte(V v) {
     const __m256i byte = _mm256_set1_epi32(255);
     return {_mm256_and_si256(v.low, byte), _mm256_and_si256(v.high, byte)};
 }
-ALWAYS __m256 looked_up(__m256i v, F table) {
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, v), _mm256_permutevar8x32_ps(table.high, v),
-                            _mm256_castsi256_ps(_mm256_slli_epi32(v, 28)));
+ALWAYS __m256 lookup(__m256i code, __m256i high_bit, F table) {  // of 16 values, by low bits and the sign of another
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, code), _mm256_permutevar8x32_ps(table.high, code),
+                            _mm256_castsi256_ps(high_bit));
 }
 ALWAYS F looked_up(V v, const float* table) {
     return {_mm256_i32gather_ps(table, v.low, 4), _mm256_i32gather_ps(table, v.high, 4)};
 }
-ALWAYS F looked_up(V v, F table) { return {looked_up(v.low, table), looked_up(v.high, table)}; }  // by four bits
+ALWAYS F looked_up(V v, F table) {  // by four bits
+    return {lookup(v.low, _mm256_slli_epi32(v.low, 28), table), lookup(v.high, _mm256_slli_epi32(v.high, 28), table)};
+}
 
 template <class T>
 ALWAYS T held(const uint8_t* at) {

@@ -62,10 +62,6 @@ const uint8_t* as_operands(const uint8_t* x, Product& p, Buffer<uint8_t>& own) {
 }
 
 ALWAYS __m256i half(const uint8_t* at, int i) { return _mm256_loadu_si256((const __m256i*)at + i); }
-ALWAYS __m256 lookup(__m256i code, __m256i high_bit, F table) {  // of 16 values, by low bits and the sign of another
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, code), _mm256_permutevar8x32_ps(table.high, code),
-                            _mm256_castsi256_ps(high_bit));
-}
 
 // Four bits, any 16 values; input i's code at bit 4 (i / 2) + 16 (i % 2) of an output's word.
 struct Floats4 : Float {

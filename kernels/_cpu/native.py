@@ -72,9 +72,7 @@ def tiled() -> bool:
 
 def few(kind: Kind) -> int:
     """Tokens up to which codes are decoded in registers (`by_tokens` of product.cpp)."""
-    if tiled():
-        return 8 if kind.startswith("integers") else 4 if kind in ("scaled4", "bytes8", "levels8") else 2
-    return 8 if wide() else 2
+    return int(library().hf_quant_few(KINDS.index(kind)))
 
 
 @cache
@@ -121,7 +119,8 @@ def _loaded(command: tuple[str, ...], sources: dict[str, bytes]) -> ctypes.CDLL:
     found.hf_quant_tokens.argtypes = _types("plllllpppppl")
     found.hf_quant_unfold.argtypes = _types("pllplpllpl")
     found.hf_quant_dense.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
-    found.hf_quant_tiles.restype = ctypes.c_int64
+    found.hf_quant_tiles.restype = found.hf_quant_few.restype = ctypes.c_int64
+    found.hf_quant_few.argtypes = [ctypes.c_int64]
     for function in (found.hf_quant_product, found.hf_quant_dense, found.hf_quant_tokens, found.hf_quant_unfold):
         function.restype = None
     return found

@@ -202,9 +202,35 @@ void by_tokens(const Product& p, const uint8_t* tokens) {
         multiply<W, 6, 1, true>(p, tokens);
 }
 
+// Calls with the operands of a kind.
+template <class Call>
+ALWAYS void of_kind(int64_t kind, const void* table, Call call) {
+    switch (kind) {
+        case 0: call((Of4*)nullptr); break;
+        case 1: call((Scaled4*)nullptr); break;
+        case 2: call((Floats4*)nullptr); break;
+        case 3: call((OfRows*)nullptr); break;
+        case 4: of_bytes(table, call); break;
+        case 5: call((OfBytes*)nullptr); break;
+        case 6: call((Nibbles*)nullptr); break;
+        case 7: call((Bytes*)nullptr); break;
+    }
+}
+
 }  // namespace
 
 extern "C" int64_t hf_quant_tiles() { return have_tiles(); }
+
+// Tokens up to which codes are decoded in registers.
+extern "C" int64_t hf_quant_few(int64_t kind) {
+    int64_t few = WIDE ? 8 : 2;
+#ifdef __AMX_TILE__
+    if (have_tiles()) of_kind(kind, nullptr, [&](auto* of) HERE { few = std::decay_t<decltype(*of)>::FEW; });
+#else
+    (void)kind;
+#endif
+    return few;
+}
 
 extern "C" void hf_quant_product(const Product* whole) {
     Product p = *whole;
@@ -222,16 +248,7 @@ extern "C" void hf_quant_product(const Product* whole) {
     for (int64_t m = 0; m < whole->M; m += most) {
         p.M = std::min(most, whole->M - m), p.inputs = whole->inputs;
         const uint8_t* x = as_operands((const uint8_t*)p.x + m * p.inputs * p.bytes(), p, own);
-        switch (p.kind) {
-            case 0: by_tokens<Of4>(p, x); break;
-            case 1: by_tokens<Scaled4>(p, x); break;
-            case 2: by_tokens<Floats4>(p, x); break;
-            case 3: by_tokens<OfRows>(p, x); break;
-            case 4: of_bytes(p.table, [&](auto* of) HERE { by_tokens<std::decay_t<decltype(*of)>>(p, x); }); break;
-            case 5: by_tokens<OfBytes>(p, x); break;
-            case 6: by_tokens<Nibbles>(p, x); break;
-            case 7: by_tokens<Bytes>(p, x); break;
-        }
+        of_kind(p.kind, p.table, [&](auto* of) HERE { by_tokens<std::decay_t<decltype(*of)>>(p, x); });
         p.y = (uint8_t*)p.y + p.M * p.N * (p.narrow_y ? 2 : 4);
         p.sx = p.sx ? p.sx + p.M : nullptr;
         p.zx = p.zx ? p.zx + p.M : nullptr;
