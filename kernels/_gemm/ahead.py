@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from hf_quant.kernels._gemm import loop
 from hf_quant.kernels._gemm.configs import Config
-from hf_quant.kernels._gemm.launch import constants, instruction
+from hf_quant.kernels._gemm.launch import WRITING, constants, instruction, options
 from hf_quant.kernels._gemm.operand import Weight
 from hf_quant.kernels._gemm.scaled import scaled_fwd_kernel
 from hf_quant.kernels._gemm.tokens import tokens_fwd_kernel
@@ -60,9 +60,8 @@ def build(
     fixed: Mapping[str, object],
     target: str,
     *,
-    num_warps: int = 4,
-    num_stages: int = 3,
     ragged: tuple[str, ...] = (),
+    **options: int,
 ) -> Compiled:
     """Compile a kernel.
 
@@ -71,9 +70,8 @@ def build(
         arguments: name -> Triton's type ("*bf16", "i32") of those given at run time, in order.
         fixed: name -> value of the others.
         target: a key of `TARGETS`.
-        num_warps: of a program.
-        num_stages: blocks on their way from memory.
         ragged: arguments that are not multiples of 16.
+        options: of the compiler: "num_warps", "num_stages", "maxnreg".
     """
     names = list(kernel.arg_names)
     source = ASTSource(
@@ -82,7 +80,6 @@ def build(
         constexprs={(names.index(n),): v for n, v in fixed.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in arguments if n not in ragged},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     registers, spills = _usage(compiled.asm)
     return Compiled(registers, spills, compiled.metadata.shared, compiled.asm)
@@ -110,7 +107,7 @@ def product(
         *("copies", "blocks_per_split"),
     ]
     fixed = {
-        **constants(weight, dtype, blocks, config.BN, TARGETS[target].backend),
+        **constants(weight, dtype, config, target, TARGETS[target].backend),
         **{"SHIFTED": False, "RANK": rank, "EXPERTS": experts, "SPLITS": config.splits},
         **{"VECTOR": config.way == "vector", "ROUND": False, "STAGES": config.num_stages},
         **instruction(config, weight, dtype, target),
@@ -121,8 +118,7 @@ def product(
         pointers | dict.fromkeys(numbers, "i32"),
         fixed,
         target,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **options(config, target),
         ragged=("M", "KB", "table_expert", "copies", "blocks_per_split"),
     )
 
@@ -133,7 +129,7 @@ def dequantizer(weight: Weight, dtype: torch.dtype, target: str) -> Compiled:
         **{"q_ptr": "*i32", "s_ptr": _ranges(weight), "z_ptr": "*fp32", "table_ptr": "*fp32"},
         **{"w_ptr": f"*{TYPES[dtype]}"},
     }
-    fixed = {**constants(weight, dtype, 1, 64, TARGETS[target].backend), "ROUND": False, "BN": 64}
+    fixed = {**constants(weight, dtype, WRITING, target, TARGETS[target].backend), "ROUND": False, "BN": WRITING.BN}
     numbers = dict.fromkeys(("N", "K", "KB"), "i32")
     return build(loop.dequantize_kernel, pointers | numbers, fixed, target, ragged=("KB",))
 

@@ -14,6 +14,7 @@ from hf_quant.kernels._gemm.operand import WHOLE_ROW, Weight
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens up to which a configuration serves; beyond, the last
 SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+RESERVED = 1 << 10  # bytes that a program has besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +152,22 @@ def fit(config: Config, weight: Weight, itemsize: int, target: str, limit: int) 
 
 
 def fitted(config: Config, weight: Weight, dtype: torch.dtype, device: torch.device) -> Config:
-    """`fit` for this device, with K cut into parts until every processor has 16 warps."""
+    """`fit` for this device, with K cut into parts until every processor has 16 warps: as many as end first, because
+    where a processor has no room for its programs, some wait for others.
+    """
     limit, processors = limits(device)
     config = fit(config, weight, dtype.itemsize, kind(device), limit)
-    if config.way != "dense" and config.splits != 1:
-        warps = -(-weight.shape[0] // config.BN) * config.num_warps
-        steps = weight.shuffle.blocks(weight.shape)[1] // config.blocks(weight, dtype.itemsize)
-        config = replace(config, splits=max(1, min(config.splits, steps, 16 * processors // warps)))
-    return config
+    if config.way == "dense" or config.splits == 1:
+        return config
+    tiles = -(-weight.shape[0] // config.BN)
+    at_once = processors * max(1, limit // (config.shared_bytes(weight, dtype.itemsize) + RESERVED))
+    steps = weight.shuffle.blocks(weight.shape)[1] // config.blocks(weight, dtype.itemsize)
+    most = max(1, min(config.splits, steps, 16 * processors // (tiles * config.num_warps)))
+
+    def duration(splits: int) -> tuple[int, int]:
+        return -(-tiles * splits // at_once) * -(-steps // splits), -splits
+
+    return replace(config, splits=min(range(1, most + 1), key=duration))
 
 
 def limits(device: torch.device) -> tuple[int, int]:

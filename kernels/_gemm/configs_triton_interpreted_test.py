@@ -1,6 +1,7 @@
 """Which configuration runs, and tuning, in the interpreter's process."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,19 @@ def test_every_shipped_configuration_fits_its_machine(target: str, monkeypatch: 
             assert config.way == "dense" or config.splits <= weight.shuffle.blocks(weight.shape)[1]
 
 
+def test_no_program_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H200 has room for 14 programs of 3 bits a processor: 8 parts of 256 tiles would be 2048 of 1848."""
+    monkeypatch.setattr(configs, "limits", lambda _: (SHARED["sm_90"], 132))
+    monkeypatch.setattr(configs, "kind", lambda _: "sm_90")
+    few = default("sm_90", 1)
+    assert fitted(few, Weight((8192, 8192), 4, 128, ranges="pairs"), torch.float16, CPU) == few
+    assert fitted(few, Weight((8192, 8192), 3, 128, ranges="pairs"), torch.float16, CPU) == replace(few, splits=7)
+
+
 def test_a_machine_without_its_own_has_that_of_its_nearest() -> None:
     assert default("sm_120", 1) == shipped()["sm_100"]["16"]
     assert default("sm_89", 16) == shipped()["sm_80"]["16"]
-    assert default("gfx1201", 4) == shipped()["gfx942"]["4"]
+    assert default("gfx1201", 4) == shipped()["gfx942"]["8"]
 
 
 def test_candidates_fit_and_are_many() -> None:

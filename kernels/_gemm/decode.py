@@ -1,9 +1,11 @@
 """What a format is to the main loop: a decode function and a function that loads its ranges.
 
-A decode function makes two weights a plane out of the words of a slot. `w0`, `w1`, `w2` are words `[BN, 1, 8]`, `plane`
-`[1, PLANES, 1]`; `s0, z0` scale and zero of the even column of each pair, `s1, z1` of the odd one (the same tensors
-unless groups end anywhere). The result, `[BN, PLANES, 8]` twice, is float32, to be rounded once as the reference rounds
-it; or the 16 bits of numbers that are in the type of the product already; or integers without scale, for int8 products.
+A decode function makes two weights a plane out of the words of a slot. `low` and `high` are words `[BN, 1, 8]`, high
+the third of codes that have three (`words.fields`); `plane` `[1, PLANES, 1]` are planes of the block; `s0, z0` scale
+and zero of the even column of each pair, `s1, z1` of the odd one (the same tensors unless groups end anywhere). The
+result, `[BN, PLANES, 8]` twice, is float32, to be rounded once as the reference rounds it; or the 16 bits of numbers
+that are in the type of the product already; or integers, for int8 products. With AFTER it is without scale, as are
+those integers.
 
 A range function gives scale and zero point of columns `k` `[1, ...]` as `[BN, ...]`; `EVEN` says that none of them
 is outside. Everything it loads has four bytes or more, because a copy that runs ahead of the loop moves no less.
@@ -14,132 +16,206 @@ import triton.language as tl
 
 
 @triton.jit
-def code_pairs(w0, w1, w2, plane, BITS: tl.constexpr):
-    """Both codes of a pair, 16 bits apart in a word. 3 bits are 2 and 1: word 2 has the high ones of both others."""
-    if BITS == 3:
-        low = tl.where(plane < 8, w0, w1) >> (2 * (plane % 8))
-        return (low & 0x00030003) | (((w2 >> plane) & 0x00010001) << 2)
-    elif BITS == 6:
-        low = tl.where(plane < 4, w0, w1) >> (4 * (plane % 4))
-        return (low & 0x000F000F) | (((w2 >> (2 * plane)) & 0x00030003) << 4)
+def first_piece(low, high, plane, BITS: tl.constexpr):
+    """(word, place, how many whole codes lie below it, mask) of each plane's code, or of what of it lies first:
+    `words.fields`.
+    """
+    if BITS == 3 or BITS == 6:
+        EACH: tl.constexpr = 16 // BITS
+        COUNT: tl.constexpr = 24 // BITS  # planes of a word and of 8 bits of the third
+        i = plane % COUNT
+        above = (i >= EACH) & (i < COUNT - 1)
+        below = tl.where(above, i - EACH, i) * (i < COUNT - 1).to(tl.int32)
+        place = tl.where(above, plane // COUNT * 8, 0) + tl.where(i < COUNT - 1, below, EACH) * BITS
+        mask = tl.where(i < COUNT - 1, (1 << BITS) - 1, (1 << (16 % BITS)) - 1) * 0x00010001
+        return tl.where(above, high, low), place, below, mask
     else:
-        return (w0 >> (BITS * plane)) & (((1 << BITS) - 1) * 0x00010001)
+        return low, BITS * plane, plane, plane * 0 + ((1 << BITS) - 1) * 0x00010001
+
+
+@triton.jit
+def with_rest(code, high, plane, BITS: tl.constexpr):
+    """Codes whose first piece lies at the bottom of each half, with the other piece where there is one."""
+    if BITS == 3 or BITS == 6:
+        COUNT: tl.constexpr = 24 // BITS
+        REST: tl.constexpr = 16 % BITS
+        mask = (((1 << BITS) - (1 << REST)) * 0x00010001) * (plane % COUNT == COUNT - 1).to(tl.int32)
+        return code | ((high >> (plane // COUNT * 8 + 6 - REST)) & mask)
+    else:
+        return code
+
+
+@triton.jit
+def code_pairs(low, high, plane, BITS: tl.constexpr):
+    """Both codes of a pair, 16 bits apart in a word."""
+    w, place, _, mask = first_piece(low, high, plane, BITS)
+    return with_rest((w >> place) & mask, high, plane, BITS)
 
 
 @triton.jit
 def integers(
-    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
-):
+    low, high, plane, s0, s1, z0, z1, table_ptr, nought,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """`(code - z) s`."""
     if PTX:
-        return integers_ptx(w0, w1, w2, plane, s0, nought, DTYPE, BITS)
+        return integers_ptx(low, high, plane, s0, nought, DTYPE, BITS, ZERO, AFTER)
     else:
-        code = code_pairs(w0, w1, w2, plane, BITS)
-        return integer(code & 0xFFFF, s0, z0, DTYPE), integer(code >> 16, s1, z1, DTYPE)
+        code = code_pairs(low, high, plane, BITS)
+        return integer(code & 0xFFFF, s0, z0, DTYPE, AFTER), integer(code >> 16, s1, z1, DTYPE, AFTER)
 
 
 @triton.jit
-def integer(code, s, z, DTYPE: tl.constexpr):
-    """`(code - z) s`; an int8 operand keeps its scale for after the product. `s` may be a word of `pairs`."""
+def integer(code, s, z, DTYPE: tl.constexpr, AFTER: tl.constexpr):
+    """`(code - z) s`, without s where the sums are scaled. `s` may be a word of `pairs`."""
+    if s.dtype == tl.int32:
+        z = ((s >> 16) & 0xFFFF) - (0xE400 if tl.float16 == DTYPE else 0xC300)
     if tl.int8 == DTYPE:
         return (code - z).to(tl.int32)
-    elif s.dtype != tl.int32:
-        return (code.to(tl.float32) - z) * s
-    elif tl.float16 == DTYPE:
-        scale = s.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return (code - (((s >> 16) & 0xFFFF) - 0xE400)).to(tl.float32) * scale
+    elif AFTER:
+        return (code - z).to(tl.float32)
+    elif s.dtype == tl.int32:
+        return (code - z).to(tl.float32) * scale_of(s, DTYPE)
     else:
-        scale = (s << 16).to(tl.float32, bitcast=True)
-        return (code - (((s >> 16) & 0xFFFF) - 0xC300)).to(tl.float32) * scale
+        return (code.to(tl.float32) - z) * s
+
+
+@triton.jit
+def scale_of(s, DTYPE: tl.constexpr):
+    """The scale of a range: it, or the lower half of a word of `pairs`."""
+    if s.dtype != tl.int32:
+        return s
+    elif tl.float16 == DTYPE:
+        return s.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return (s << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def signed_integers(
-    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
-):
+    low, high, plane, s0, s1, z0, z1, table_ptr, nought,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """`(value - z) s` of signed values: a code less the middle one. `z` is any float, so it cannot take that on."""
-    code, middle = code_pairs(w0, w1, w2, plane, BITS), 1 << (BITS - 1)
-    return integer((code & 0xFFFF) - middle, s0, z0, DTYPE), integer((code >> 16) - middle, s1, z1, DTYPE)
+    code, middle = code_pairs(low, high, plane, BITS), 1 << (BITS - 1)
+    even, odd = (code & 0xFFFF) - middle, (code >> 16) - middle
+    return integer(even, s0, z0, DTYPE, AFTER), integer(odd, s1, z1, DTYPE, AFTER)
 
 
 HALVES_ASM = tl.constexpr("prmt.b32 $0, $2, $2, 0x1010; prmt.b32 $1, $2, $2, 0x3232;")
-
-
-FLOAT16_ASM = tl.constexpr(
-    "{ .reg .b32 t; shr.u32 t, $2, $3; lop3.b32 t, t, $4, $7, 0xEA; add.rn.f16x2 t, t, $6;"
-    " mul.rn.f16x2 t, t, $5; mov.b32 {$0, $1}, t; }"
+SPLIT_ASM = tl.constexpr("mov.b32 {$0, $1}, $2;")
+FLOAT16_ASM = tl.constexpr("{ .reg .b32 t; fma.rn.f16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t; }")
+BFLOAT16_ASM = tl.constexpr("{ .reg .b32 t; fma.rn.bf16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t; }")
+FLOAT16_SCALED_ASM = tl.constexpr(
+    "{ .reg .b32 t; fma.rn.f16x2 t, $2, $3, $4; mul.rn.f16x2 t, t, $5; mov.b32 {$0, $1}, t; }"
 )
-BFLOAT16_ASM = tl.constexpr(
-    "{ .reg .b32 t, u; mov.b32 u, 0x3F803F80; shr.u32 t, $2, $3; lop3.b32 t, t, $4, $7, 0xEA;"
-    " fma.rn.bf16x2 t, t, u, $6; mov.b32 u, 0x80008000; fma.rn.bf16x2 t, t, $5, u; mov.b32 {$0, $1}, t; }"
+BFLOAT16_SCALED_ASM = tl.constexpr(
+    "{ .reg .b32 t, u; fma.rn.bf16x2 t, $2, $3, $4; mov.b32 u, 0x80008000; fma.rn.bf16x2 t, t, $5, u;"
+    " mov.b32 {$0, $1}, t; }"
 )
-FLOAT16_PARTS_ASM = tl.constexpr(
-    "{ .reg .b32 t, h; shr.u32 t, $2, $3; lop3.b32 t, t, $4, $7, 0xEA; shf.r.wrap.b32 h, $8, $8, $9;"
-    " lop3.b32 t, h, $10, t, 0xEA; add.rn.f16x2 t, t, $6; mul.rn.f16x2 t, t, $5; mov.b32 {$0, $1}, t; }"
-)
-BFLOAT16_PARTS_ASM = tl.constexpr(
-    "{ .reg .b32 t, u, h; mov.b32 u, 0x3F803F80; shr.u32 t, $2, $3; lop3.b32 t, t, $4, $7, 0xEA;"
-    " shf.r.wrap.b32 h, $8, $8, $9; lop3.b32 t, h, $10, t, 0xEA; fma.rn.bf16x2 t, t, u, $6; mov.b32 u, 0x80008000;"
-    " fma.rn.bf16x2 t, t, $5, u; mov.b32 {$0, $1}, t; }"
-)
+FLOAT16_SUM_ASM = tl.constexpr("add.rn.f16x2 $0, $1, $2;")
+BFLOAT16_SUM_ASM = tl.constexpr("{ .reg .b32 u; mov.b32 u, 0x3F803F80; fma.rn.bf16x2 $0, $1, u, $2; }")
+OR_ASM, XOR_ASM = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xEA;"), tl.constexpr("lop3.b32 $0, $1, $2, $3, 0x6A;")
 
 
 @triton.jit
-def integers_ptx(w0, w1, w2, plane, pair, nought, DTYPE: tl.constexpr, BITS: tl.constexpr):
-    """`(code - z) s` of two codes at once, as 16 bits each.
+def twice(number, HALF: tl.constexpr):
+    """A number in 16 bits, float16 or bfloat16, in both halves of a word."""
+    if HALF:
+        return (number.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x00010001
+    else:
+        return ((number.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) * 0x00010001
+
+
+@triton.jit
+def masked(w, mask, to, ASM: tl.constexpr):
+    """`(w & mask) | to`, or `^ to`, in one instruction."""
+    return tl.inline_asm_elementwise(ASM, "=r,r,r,r", [w, mask, to], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def integers_ptx(
+    low, high, plane, pair, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr
+):
+    """`(code - z) s` of two codes at once, as 16 bits each; with AFTER `code - z`.
 
     A code put under the mantissa of 128 (of 1024 in float16) is the number 128 + code: one instruction, `(w & mask) |
-    magic`. Adding `-(128 + z)`, the other half of a word of `pairs`, is exact, the product is rounded once.
-    Multiply-adds, because sm_80 has no other arithmetic on two bfloat16. 8 bits: `bytes_ptx`.
+    magic`. The mantissa has room for WINDOW codes, so that many share a shift: one that lies `up` places up makes
+    `128 + 2^up code`. Times `2^-up` and less `2^-up 128 + z` it is the difference, exactly, in one multiply-add;
+    `-(128 + z)` is the other half of a word of `pairs`. The product with the scale is rounded once. Multiply-adds,
+    because sm_80 has no other arithmetic on two bfloat16.
     """
-    if BITS == 8 and tl.bfloat16 == DTYPE:
-        return bytes_ptx(w0, plane, pair)
-    LOW: tl.constexpr = 2 * BITS // 3 if BITS == 3 or BITS == 6 else BITS  # bits of the first part
-    COUNT: tl.constexpr = 16 // LOW  # its fields in half a word
-    scale, offset = tl.inline_asm_elementwise(
-        HALVES_ASM, "=r,=r,r", [pair], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-    )
+    HALF: tl.constexpr = tl.float16 == DTYPE
+    if BITS == 8 and not HALF:
+        return bytes_ptx(low, plane, pair, nought, ZERO, AFTER)
+    WINDOW: tl.constexpr = (10 if HALF else 7) // BITS
+    w, place, below, mask = first_piece(low, high, plane, BITS)
+    up = below % WINDOW * BITS
     # `nought` is 0: a constant that the assembler knows it would put into a register anew for every pair
-    magic = (0x64006400 if tl.float16 == DTYPE else 0x43004300) | nought
-    w = w0 if LOW == BITS else tl.where(plane < COUNT, w0, w1)
-    shift, mask = LOW * (plane % COUNT), ((1 << LOW) - 1) * 0x00010001
-    if LOW == BITS:
-        ASM: tl.constexpr = FLOAT16_ASM if tl.float16 == DTYPE else BFLOAT16_ASM
-        return tl.inline_asm_elementwise(
-            ASM, "=h,=h,r,r,r,r,r,r", [w, shift, mask, scale, offset, magic],
-            dtype=(tl.int16, tl.int16), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        HIGH: tl.constexpr = BITS - LOW
-        TWO: tl.constexpr = FLOAT16_PARTS_ASM if tl.float16 == DTYPE else BFLOAT16_PARTS_ASM
-        turn, above = (HIGH * plane + 32 - LOW) % 32, (((1 << HIGH) - 1) << LOW) * 0x00010001
-        return tl.inline_asm_elementwise(
-            TWO, "=h,=h,r,r,r,r,r,r,r,r,r", [w, shift, mask, scale, offset, magic, w2, turn, above],
-            dtype=(tl.int16, tl.int16), is_pure=True, pack=1,
-        )  # fmt: skip
-
-
-BYTES_ASM = tl.constexpr(
-    "{ .reg .b32 t, u; .reg .f32 f, g; prmt.b32 t, $2, 0x4B000000, $3; prmt.b32 u, $2, 0x4B000000, $4;"
-    " mov.b32 f, t; mov.b32 g, u; add.rn.f32 f, f, $6; add.rn.f32 g, g, $6; mul.rn.f32 f, f, $5; mul.rn.f32 g, g, $5;"
-    " cvt.rn.bf16x2.f32 t, g, f; mov.b32 {$0, $1}, t; }"
-)
+    magic = (0x64006400 if HALF else 0x43004300) | nought
+    number = with_rest(masked(w >> (place - up), mask << up, magic, OR_ASM), high, plane, BITS)
+    share = ((127 - up) << 23).to(tl.float32, bitcast=True)  # 2^-up
+    top = share * (1024.0 if HALF else 128.0)
+    scale, offset = halves(pair)
+    if ZERO is not None:
+        offset = twice(-top - ZERO, HALF)
+    elif WINDOW > 1:
+        top -= 1024.0 if HALF else 128.0
+        offset = add_ptx(offset, twice(-top, HALF), HALF)
+    return multiplied_ptx(number, twice(share, HALF), offset, scale, HALF, AFTER)
 
 
 @triton.jit
-def bytes_ptx(w, plane, pair):
-    """The same of 8 bits in bfloat16: a byte under the mantissa of 2^23 is a float32 with room for the product."""
-    scale = (pair << 16).to(tl.float32, bitcast=True)
-    offset = (((pair >> 16) & 0xFFFF) + (-0x35000000 - 0xC300)).to(tl.float32, bitcast=True)  # -(2^23 + z)
-    even = plane + 0x7440  # bytes of the result: one of the word's, two zeros, 0x4B
-    return tl.inline_asm_elementwise(
-        BYTES_ASM,
-        "=h,=h,r,r,r,f,f",
-        [w, even, even + 2, scale, offset],
-        dtype=(tl.int16, tl.int16),
-        is_pure=True,
-        pack=1,
-    )
+def halves(pair):
+    """Each half of a word, twice: scale and what takes the zero point off."""
+    return tl.inline_asm_elementwise(HALVES_ASM, "=r,=r,r", [pair], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+
+
+@triton.jit
+def add_ptx(a, b, HALF: tl.constexpr):
+    """The sums of the halves of words."""
+    ASM: tl.constexpr = FLOAT16_SUM_ASM if HALF else BFLOAT16_SUM_ASM
+    return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def multiplied_ptx(number, share, offset, scale, HALF: tl.constexpr, AFTER: tl.constexpr):
+    """`(number share + offset) scale` of the halves of words, without scale with AFTER, as 16 bits each."""
+    if AFTER:
+        ASM: tl.constexpr = FLOAT16_ASM if HALF else BFLOAT16_ASM
+        return tl.inline_asm_elementwise(
+            ASM, "=h,=h,r,r,r", [number, share, offset], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
+        )
+    else:
+        SCALED: tl.constexpr = FLOAT16_SCALED_ASM if HALF else BFLOAT16_SCALED_ASM
+        return tl.inline_asm_elementwise(
+            SCALED, "=h,=h,r,r,r,r", [number, share, offset, scale], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def bytes_ptx(w, plane, pair, nought, ZERO: tl.constexpr, AFTER: tl.constexpr):
+    """The same of 8 bits in bfloat16, whose mantissa has 7.
+
+    The seven low bits make `128 + low`; the eighth turns 256 into 128 by the last bit of its exponent, so that their
+    difference is `code - 128`; `128 - z` is added. All three are exact.
+    """
+    w = w >> (8 * plane)
+    number = masked(w, 0x007F007F, 0x43004300 | nought, OR_ASM)
+    less = masked(w, 0x00800080, (0xC380C380 - (1 << 32)) | nought, XOR_ASM)  # -256, or -128
+    code = add_ptx(number, less, False)
+    scale, _ = halves(pair)
+    one = plane * 0 + 0x3F803F80
+    if ZERO is None:
+        offset = twice((128 + 0xC300 - ((pair >> 16) & 0xFFFF)).to(tl.float32), False)
+        return multiplied_ptx(code, one, offset, scale, False, AFTER)
+    elif ZERO != 128:
+        offset = twice((plane * 0 + (128 - ZERO)).to(tl.float32), False)
+        return multiplied_ptx(code, one, offset, scale, False, AFTER)
+    elif AFTER:
+        return tl.inline_asm_elementwise(SPLIT_ASM, "=h,=h,r", [code], dtype=(tl.int16, tl.int16), is_pure=True, pack=1)
+    else:
+        return multiplied_ptx(code, scale, plane * 0 + (0x80008000 - (1 << 32)), scale, False, True)
 
 
 @triton.jit
@@ -155,10 +231,11 @@ def look_up(ptr, PTX: tl.constexpr):
 
 @triton.jit
 def levels(
-    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
-):
+    low, high, plane, s0, s1, z0, z1, table_ptr, nought,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """`table[code] s t`; the entry behind the last level is t, the scale of the tensor."""
-    code = code_pairs(w0, w1, w2, plane, BITS)
+    code = code_pairs(low, high, plane, BITS)
     whole = tl.load(table_ptr + (1 << BITS))
     even = look_up(table_ptr + (code & 0xFFFF), PTX) * s0 * whole
     odd = look_up(table_ptr + ((code >> 16) & 0xFFFF), PTX) * s1 * whole
@@ -167,10 +244,11 @@ def levels(
 
 @triton.jit
 def codebooks(
-    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
-):
+    low, high, plane, s0, s1, z0, z1, table_ptr, nought,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """`table[s, code]`: the "scale" of a block is the number of its codebook."""
-    code = code_pairs(w0, w1, w2, plane, BITS)
+    code = code_pairs(low, high, plane, BITS)
     even = look_up(table_ptr + (s0.to(tl.int64) << BITS) + (code & 0xFFFF), PTX)
     odd = look_up(table_ptr + (s1.to(tl.int64) << BITS) + ((code >> 16) & 0xFFFF), PTX)
     return even, odd
@@ -185,8 +263,9 @@ MXFP4_ASM = tl.constexpr(
 
 @triton.jit
 def mxfp4(
-    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
-):
+    low, high, plane, s0, s1, z0, z1, table_ptr, nought,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """E2M1 times a power of two.
 
     In PTX: the three bits below the sign, put where bfloat16's exponent ends, are the number times 2^-126, and every
@@ -203,19 +282,20 @@ def mxfp4(
         )
         number, sign = (4 * plane + 26) % 32, (4 * plane + 20) % 32  # turns to the right
         return tl.inline_asm_elementwise(
-            MXFP4_ASM, "=h,=h,r,r,r,r", [w0, number, sign, scale], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
+            MXFP4_ASM, "=h,=h,r,r,r,r", [low, number, sign, scale], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
         )
     else:
-        code = code_pairs(w0, w1, w2, plane, 4)
+        code = code_pairs(low, high, plane, 4)
         return e2m1(code & 0xFFFF) * s0, e2m1((code >> 16) & 0xFFFF) * s1
 
 
 @triton.jit
 def float4(
-    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
-):
+    low, high, plane, s0, s1, z0, z1, table_ptr, nought,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """E2M1 times `s t`: NVFP4. `t` is the first entry of the table."""
-    code = code_pairs(w0, w1, w2, plane, 4)
+    code = code_pairs(low, high, plane, 4)
     whole = tl.load(table_ptr)
     return e2m1(code & 0xFFFF) * s0 * whole, e2m1((code >> 16) & 0xFFFF) * s1 * whole
 
@@ -229,10 +309,11 @@ def e2m1(code):
 
 @triton.jit
 def float8_e4m3(
-    w0, w1, w2, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
-):
+    low, high, plane, s0, s1, z0, z1, table_ptr, nought,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """E4M3 times `s t`, on bits, for machines that lack the type. `t` is the first entry of the table."""
-    code = code_pairs(w0, w1, w2, plane, 8)
+    code = code_pairs(low, high, plane, 8)
     whole = tl.load(table_ptr)
     return e4m3(code & 0xFFFF) * s0 * whole, e4m3(code >> 16) * s1 * whole
 
@@ -258,7 +339,7 @@ def load_blocks(ptr, n, N, k, K, GROUP: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def scales(s_ptr, z_ptr, n, N, k, K, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr):
     """A float (or a codebook's number), and a constant zero point."""
-    return load_blocks(s_ptr, n, N, k, K, GROUP, EVEN), ZERO
+    return load_blocks(s_ptr, n, N, k, K, GROUP, EVEN), 0 if ZERO is None else ZERO
 
 
 @triton.jit
@@ -283,10 +364,10 @@ def bytes_of(s_ptr, n, N, k, K, GROUP: tl.constexpr, EVEN: tl.constexpr):
 def powers(s_ptr, z_ptr, n, N, k, K, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr):
     """E8M0: `2^(byte - 127)`, whose smallest is half of float32's smallest normal."""
     byte = bytes_of(s_ptr, n, N, k, K, GROUP, EVEN)
-    return tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True), ZERO
+    return tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True), 0
 
 
 @triton.jit
 def small_floats(s_ptr, z_ptr, n, N, k, K, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr):
     """E4M3."""
-    return e4m3(bytes_of(s_ptr, n, N, k, K, GROUP, EVEN)), ZERO
+    return e4m3(bytes_of(s_ptr, n, N, k, K, GROUP, EVEN)), 0

@@ -13,6 +13,7 @@ from hf_quant.kernels._gemm.operand import BLOCK, WHOLE_ROW, Weight
 from hf_quant.kernels._gemm.parts import parts_of
 from hf_quant.kernels._gemm.routing import by_expert
 
+WRITING = Config("dense", BN=64, BK=0)  # the tile that is written where nothing is multiplied
 INTERPRETED = not isinstance(loop.gemm_fwd_kernel, triton.JITFunction)
 BACKEND = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
 
@@ -116,7 +117,7 @@ def matmul(
         0 if row_sums is None else row_sums.stride(0),
         copies,
         each * at_once,
-        **constants(weight, values.dtype, at_once, config.BN),
+        **constants(weight, values.dtype, config, kind(values.device)),
         BLOCKS=at_once,
         **instruction(config, weight, values.dtype, kind(values.device)),
         SHIFTED=zero is not None,
@@ -128,8 +129,7 @@ def matmul(
         STAGES=config.num_stages,
         BM=config.BM,
         BN=config.BN,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **options(config, kind(values.device)),
     )
     return y_MN.to(dtype) if rounded else y_MN
 
@@ -140,28 +140,35 @@ def dequantize(blob: list[Tensor], weight: Weight, dtype: torch.dtype) -> Tensor
     words, first, second, table = operands(blob, weight)
     rounded = INTERPRETED and dtype == torch.bfloat16
     W_NK = torch.empty(N, K, dtype=torch.float32 if rounded else dtype, device=words.device)
-    BN, along, fixed = 64, weight.shuffle.blocks(weight.shape)[1], constants(weight, dtype, 1, 64)
+    BN, along, fixed = WRITING.BN, weight.shuffle.blocks(weight.shape)[1], constants(weight, dtype, WRITING, "")
     loop.dequantize_kernel[(along, triton.cdiv(N, BN))](
         words, first, second, table, W_NK, N, K, along, **fixed, ROUND=rounded, BN=BN
     )
     return W_NK.to(dtype) if rounded else W_NK
 
 
-def constants(weight: Weight, dtype: torch.dtype, blocks: int, BN: int, backend: str = BACKEND) -> dict[str, object]:
+def constants(
+    weight: Weight, dtype: torch.dtype, config: Config, target: str, backend: str | None = None
+) -> dict[str, object]:
     """What the kernels are compiled for, as far as the weight, the type of the tokens and the tile decide it."""
-    shuffle, (N, K) = weight.shuffle, weight.shape
+    shuffle, (N, K), blocks = weight.shuffle, weight.shape, config.blocks(weight, dtype.itemsize)
+    summed = config.way == "tensor" and target.startswith(("sm_8", "sm_9", "sm_12"))  # by instructions, in registers
+    after = weight.slice(config.BM, blocks * shuffle.columns) if summed else None
+    columns, whole = after or shuffle.slice, weight.span == WHOLE_ROW
     return {
         "DECODE": getattr(decode, weight.decode),
         "BITS": weight.bits,
         "WORDS": shuffle.words,
-        "PLANES": shuffle.planes,
+        "PLANES": columns // 16,
+        "SLICES": shuffle.columns // columns,
         "RANGES": getattr(decode, weight.ranges),
-        "SPAN": BLOCK if weight.span == WHOLE_ROW else weight.span,
-        "GROUP": 1 << 28 if weight.span == WHOLE_ROW else weight.group,  # four of them are an int32
+        "SPAN": BLOCK if whole or after else weight.span,
+        "GROUP": 1 << 28 if whole else weight.group,  # four of them are an int32
         "ZERO": weight.zero,
         "UNIT": weight.unit,
-        "PTX": weight.ptx(dtype, backend),
-        "EVEN": N % BN == 0 and K % (blocks * shuffle.columns) == 0,
+        "AFTER": after is not None or dtype == torch.int8,
+        "PTX": weight.ptx(dtype, backend or BACKEND, after=after is not None),
+        "EVEN": N % config.BN == 0 and K % (blocks * shuffle.columns) == 0,
     }
 
 
@@ -174,6 +181,17 @@ def instruction(config: Config, weight: Weight, dtype: torch.dtype, target: str)
     hopper = target == "sm_90" and dtype.itemsize == 2 and config.way == "tensor"
     small = config.BN < 64 or config.num_warps % 4 != 0
     return {"FRAGMENT": 4 if hopper and small else weight.unit, "ASYNC": hopper and not small}
+
+
+def options(config: Config, target: str) -> dict[str, int]:
+    """What a tile asks of the compiler.
+
+    Without a number of registers NVIDIA's assembler spills to have room for more programs. Hopper's configurations were
+    measured without.
+    """
+    fixed = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    free = BACKEND == "cuda" and target.startswith("sm_") and target != "sm_90"
+    return fixed | {"maxnreg": 255} if free else fixed
 
 
 def operands(blob: list[Tensor], weight: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:

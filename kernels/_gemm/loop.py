@@ -7,6 +7,8 @@ then what it multiplies, and no decoded weight passes through shared memory. REA
 import triton
 import triton.language as tl
 
+from hf_quant.kernels._gemm.decode import scale_of
+
 # How many columns share a scale, as a block of the shuffled layout sees it. One range a row is one a block:
 # loaded before the loop it would have a layout of its own, and Triton would exchange weights instead of scales.
 BLOCK, PLANE, ELEMENT = (tl.constexpr(i) for i in range(1, 4))
@@ -34,15 +36,17 @@ def load_words(
 
 @triton.jit
 def load_ranges(
-    s_ptr, z_ptr, n, N, K, kb, odd: tl.constexpr,
+    s_ptr, z_ptr, n, N, K, k, odd: tl.constexpr,
     PLANES: tl.constexpr, RANGES: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     UNIT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """(scales, zero points) of block column kb, as finely as groups cut it: of the `odd` neighbour of each pair."""
+    """(scales, zero points) of a slice that begins at column k, as finely as groups cut it: of the `odd` neighbour of
+    each pair.
+    """
     COLUMNS: tl.constexpr = 16 * PLANES
     LOW: tl.constexpr = UNIT // 2  # planes whose pairs are neighbours
     plane = tl.arange(0, PLANES)[None, :, None]
-    at = tl.zeros((1, 1, 1), tl.int32) + kb * COLUMNS
+    at = tl.zeros((1, 1, 1), tl.int32) + k
     if SPAN == PLANE and COLUMNS % GROUP == 0 and COLUMNS // GROUP <= 4:  # each group's once
         s, z = RANGES(s_ptr, z_ptr, n, N, at, K, GROUP, ZERO, EVEN)
         for group in tl.static_range(1, COLUMNS // GROUP):
@@ -60,26 +64,28 @@ def load_ranges(
 
 @triton.jit
 def load_weights(
-    q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb,
+    q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb, k, SLICE: tl.constexpr,
     DTYPE: tl.constexpr, DECODE: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
-    RANGES: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, UNIT: tl.constexpr,
-    FRAGMENT: tl.constexpr, PTX: tl.constexpr, ROUND: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+    SLICES: tl.constexpr, RANGES: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    UNIT: tl.constexpr, FRAGMENT: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, ROUND: tl.constexpr,
+    BN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Block column kb, decoded: `[BN, 16 PLANES]`, columns in the order of `arrange`. `s` and `z` are its ranges."""
-    w0 = load_words(q_ptr, row_block, N, KB, kb, 0, WORDS, BN, EVEN)
-    w1 = load_words(q_ptr, row_block, N, KB, kb, 1, WORDS, BN, EVEN) if WORDS > 1 else w0
-    w2 = load_words(q_ptr, row_block, N, KB, kb, 2, WORDS, BN, EVEN) if WORDS > 2 else w0
+    """A slice of block column kb, which begins at column k, decoded: `[BN, 16 PLANES]`, columns in the order of
+    `arrange`. `s` and `z` are its ranges; with AFTER it is without scale.
+    """
+    low = load_words(q_ptr, row_block, N, KB, kb, SLICE * (WORDS // 3 + 1) // SLICES, WORDS, BN, EVEN)
+    high = load_words(q_ptr, row_block, N, KB, kb, 2, WORDS, BN, EVEN) if WORDS > 2 else low
     s1, z1 = s, z
     if SPAN == ELEMENT:
-        s1, z1 = load_ranges(s_ptr, z_ptr, n, N, K, kb, 1, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
-    plane = tl.arange(0, PLANES)[None, :, None]
-    even, odd = DECODE(w0, w1, w2, plane, s, s1, z, z1, table_ptr, K >> 31, DTYPE, BITS, PTX)
+        s1, z1 = load_ranges(s_ptr, z_ptr, n, N, K, k, 1, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
+    plane = SLICE * PLANES + tl.arange(0, PLANES)[None, :, None]
+    even, odd = DECODE(low, high, plane, s, s1, z, z1, table_ptr, K >> 31, DTYPE, BITS, ZERO, AFTER, PTX)
     LOW: tl.constexpr = FRAGMENT // 2
     w = tl.reshape(tl.join(even, odd), (BN, PLANES // LOW, LOW, 8, 2))
     w = tl.reshape(tl.permute(w, (0, 1, 3, 2, 4)), (BN, 16 * PLANES))
     if w.dtype == tl.int16:
         w = w.to(DTYPE, bitcast=True)
-    elif ROUND:
+    elif ROUND and not AFTER:
         w = round_to_bfloat16(w)
     else:
         w = w.to(DTYPE)
@@ -199,13 +205,15 @@ def gemm_fwd_kernel(
     DECODE: tl.constexpr,  # words -> weights, see decode.py
     BITS: tl.constexpr,
     WORDS: tl.constexpr,  # words of a slot
-    PLANES: tl.constexpr,
+    PLANES: tl.constexpr,  # of a slice
+    SLICES: tl.constexpr,  # parts of a block along K that are multiplied one after the other
     RANGES: tl.constexpr,  # scales and zero points of columns, see decode.py
     SPAN: tl.constexpr,
     GROUP: tl.constexpr,  # columns that share a scale
-    ZERO: tl.constexpr,  # the constant zero point where none are loaded
+    ZERO: tl.constexpr,  # the constant zero point, None where they are loaded
     UNIT: tl.constexpr,  # neighbours of a row in one thread, as words have them
     FRAGMENT: tl.constexpr,  # as the instruction wants them
+    AFTER: tl.constexpr,  # the sums are scaled, not the weights; always where weights are int8
     ASYNC: tl.constexpr,  # the instruction reads registers while the program goes on
     SHIFTED: tl.constexpr,
     RANK: tl.constexpr,
@@ -224,7 +232,10 @@ def gemm_fwd_kernel(
     COLUMNS: tl.constexpr = 16 * PLANES
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     INTEGER: tl.constexpr = tl.int8 == DTYPE
-    ONCE: tl.constexpr = SPAN == BLOCK and GROUP % (COLUMNS * BLOCKS) == 0  # a turn has one range a row
+    SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    # slices of a turn that share a range; the group's are 2^i times an odd number
+    SHARED: tl.constexpr = SLICES > WORDS // 3 + 1  # two slices are of one word
+    EACH: tl.constexpr = min(BLOCKS * SLICES, GROUP // COLUMNS & -(GROUP // COLUMNS)) if SPAN == BLOCK else 1
     m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     row_block = (tl.program_id(1) * (BN // 16) + tl.arange(0, BN // 16)).to(tl.int64)
@@ -247,27 +258,39 @@ def gemm_fwd_kernel(
     x_at = x_ptr + token[None, :] * x_row + tl.arange(0, COLUMNS).to(tl.int64)[:, None]
     # the number of stages said here, so that loops without matrix instructions are pipelined as well
     for start in tl.range(first, tl.minimum(first + blocks_per_split, KB), BLOCKS, num_stages=STAGES):
-        if ONCE:
-            s, z = load_ranges(s_ptr, z_ptr, n, N, K, start, 0, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
-        for block in tl.static_range(BLOCKS):  # several a turn, so that the turn itself costs less
-            kb = start + block
-            k = (kb * COLUMNS).to(tl.int64)
+        for i in tl.static_range(BLOCKS * SLICES):  # several a turn, so that the turn itself costs less
+            at = (start * SLICES + i) * COLUMNS
+            k = at.to(tl.int64)
             if EVEN:
                 x = tl.load(x_at + k, mask=(m < M)[None, :], other=0)
             else:
                 x = tl.load(x_at + k, mask=(m < M)[None, :] & (k + tl.arange(0, COLUMNS) < K)[:, None], other=0)
-            if not ONCE:
-                s, z = load_ranges(s_ptr, z_ptr, n, N, K, kb, 0, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
+            if SHARED and i % 2 == 0:  # before the words, whose layout is then that of both slices
+                next_s, next_z = load_ranges(
+                    s_ptr, z_ptr, n, N, K, at + COLUMNS, 0, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN
+                )
+            if SHARED and i % 2 == 1:
+                s, z = next_s, next_z
+            elif i % EACH == 0:
+                s, z = load_ranges(s_ptr, z_ptr, n, N, K, at, 0, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
             w = load_weights(
-                q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb,
-                DTYPE, DECODE, BITS, WORDS, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, FRAGMENT, PTX, ROUND, BN, EVEN,
+                q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, start + i // SLICES, at, i % SLICES,
+                DTYPE, DECODE, BITS, WORDS, PLANES, SLICES, RANGES, SPAN, GROUP, ZERO, UNIT, FRAGMENT, AFTER, PTX,
+                ROUND, BN, EVEN,
             )  # fmt: skip
             x = arrange(x, BM, PLANES, UNIT, FRAGMENT)
             if VECTOR:
                 w = tl.reshape(w.to(tl.float32), (BN, PLANES, 16, 1))
                 acc += tl.sum(w * tl.reshape(x, (1, PLANES, 16, BM)).to(tl.float32), 1)
-            elif INTEGER:
-                acc += tl.dot(w, x).to(tl.float32) * tl.reshape(s, (BN, 1))
+            elif AFTER:
+                if i % EACH == 0:
+                    part = tl.dot(w, x, input_precision="ieee", out_dtype=SUM)
+                else:
+                    part = tl.dot(w, x, part, input_precision="ieee", out_dtype=SUM)
+                if ASYNC:
+                    part = finished(part)
+                if i % EACH == EACH - 1:
+                    acc += part.to(tl.float32) * tl.reshape(scale_of(s, DTYPE), (BN, 1))
             else:
                 acc = tl.dot(w, x, acc, input_precision="ieee")
                 if ASYNC:
@@ -285,23 +308,25 @@ def gemm_fwd_kernel(
 @triton.jit
 def dequantize_kernel(
     q_ptr, s_ptr, z_ptr, table_ptr, w_ptr, N, K, KB,
-    DECODE: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, RANGES: tl.constexpr,
-    SPAN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr,
-    ROUND: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr,
+    DECODE: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, SLICES: tl.constexpr,
+    RANGES: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, UNIT: tl.constexpr,
+    AFTER: tl.constexpr, PTX: tl.constexpr, ROUND: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """`W[n, k]` in the type of `w_ptr`: one block of columns, BN rows."""
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     row_block = (tl.program_id(1) * (BN // 16) + tl.arange(0, BN // 16)).to(tl.int64)
     kb = tl.program_id(0)
-    s, z = load_ranges(s_ptr, z_ptr, n, N, K, kb, 0, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
-    w = load_weights(
-        q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb,
-        w_ptr.dtype.element_ty, DECODE, BITS, WORDS, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, UNIT, PTX, ROUND,
-        BN, EVEN,
-    )  # fmt: skip
-    k = (kb * (16 * PLANES)).to(tl.int64) + tl.arange(0, 16 * PLANES)
-    at = w_ptr + n[:, None] * K + k[None, :]
-    if EVEN:
-        tl.store(at, w)
-    else:
-        tl.store(at, w, mask=(n < N)[:, None] & (k < K)[None, :])
+    for i in tl.static_range(SLICES):
+        at = (kb * SLICES + i) * (16 * PLANES)
+        s, z = load_ranges(s_ptr, z_ptr, n, N, K, at, 0, PLANES, RANGES, SPAN, GROUP, ZERO, UNIT, EVEN)
+        w = load_weights(
+            q_ptr, s_ptr, z_ptr, table_ptr, s, z, n, row_block, N, K, KB, kb, at, i,
+            w_ptr.dtype.element_ty, DECODE, BITS, WORDS, PLANES, SLICES, RANGES, SPAN, GROUP, ZERO, UNIT, UNIT, AFTER,
+            PTX, ROUND, BN, EVEN,
+        )  # fmt: skip
+        k = at.to(tl.int64) + tl.arange(0, 16 * PLANES)
+        to = w_ptr + n[:, None] * K + k[None, :]
+        if EVEN:
+            tl.store(to, w)
+        else:
+            tl.store(to, w, mask=(n < N)[:, None] & (k < K)[None, :])

@@ -26,7 +26,7 @@ class Weight:
         group: columns that share a scale.
         decode: name of the function of decode.py that makes weights of words.
         ranges: name of the one that loads scales and zero points.
-        zero: the zero point where it is a constant.
+        zero: the zero point where it is a constant, None where zero points are loaded or there is none.
         unit: neighbours of a row in one thread, see `unit_for`.
     """
 
@@ -35,7 +35,7 @@ class Weight:
     group: int
     decode: str = "integers"
     ranges: RangesOf = "scales"
-    zero: int = 0
+    zero: int | None = None
     unit: int = 2
 
     @property
@@ -45,23 +45,36 @@ class Weight:
 
     @property
     def span(self) -> int:
-        """How finely groups cut a block."""
+        """How finely groups cut a slice."""
         if self.group >= self.shape[1]:
             return WHOLE_ROW
-        common = gcd(self.group, self.shuffle.columns)
-        return BLOCK if common == self.shuffle.columns else PLANE if common % (8 * self.unit) == 0 else ELEMENT
+        common = gcd(self.group, self.shuffle.slice)
+        return BLOCK if common == self.shuffle.slice else PLANE if common % (8 * self.unit) == 0 else ELEMENT
 
-    def ptx(self, dtype: torch.dtype, backend: str) -> bool:
+    def slice(self, tokens: int, columns: int) -> int | None:
+        """Columns to be multiplied at once where the scale may join behind their product, else None.
+
+        Differences of a code and a zero point are integers that 16 bits hold. The scale is then a multiply-add for each
+        token and range of a turn of so many columns, before it is half an instruction a weight: it pays where a range
+        has 4 times the tokens. No more than two slices are of one word.
+        """
+        if self.decode != "integers" or self.ranges not in ("pairs", "scales"):
+            return None
+        group, whole = self.group if self.span != WHOLE_ROW else columns, self.shuffle.slice
+        pays = gcd(group, columns) >= 4 * tokens and gcd(group, whole) >= max(whole // 2, 32)
+        return gcd(group, whole) if pays else None
+
+    def ptx(self, dtype: torch.dtype, backend: str, *, after: bool = False) -> bool:
         """Whether inline PTX decodes it: exact in 16 bits, groups that do not part a pair, an NVIDIA target."""
         if backend != "cuda":
             return False
         if self.decode in ("levels", "codebooks"):
             return True
-        if self.span == ELEMENT or dtype not in (torch.bfloat16, torch.float16):
+        if dtype not in (torch.bfloat16, torch.float16) or (self.span == ELEMENT and not after):
             return False
         if self.decode == "mxfp4":
             return dtype == torch.bfloat16
-        return self.decode == "integers" and self.ranges == "pairs"
+        return self.decode == "integers" and (self.ranges == "pairs" or (after and self.zero is not None))
 
 
 def unit_for(target: str, group: int, K: int) -> int:

@@ -1,19 +1,49 @@
 """Codes <-> the words a GPU reads: shuffled so that one 16-byte load is a thread's share of several matrix fragments.
 
 A block is 16 rows by `16 planes` columns. It has 64 slots (8 columns j, 8 rows g, two halves of both: what one warp's
-tensor core instruction takes as its left operand), and each slot holds `P` words of 32 bits for 2 x `planes` codes:
-bit field `i` of the low half is plane i of the even column of a pair, of the high half that of the odd one.
+tensor core instruction takes as its left operand), and each slot holds words of 32 bits for 2 x `planes` codes: those
+of the low halves are of the even columns of pairs, of the high halves of the odd ones, one pair a plane.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS, SLOTS, LANES = 16, 8, 128  # rows of a block, slots in a row of it, words of a block and part
-PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}  # 5 and 7 bits take the room of 6 and 8
+ROWS, SLOTS, LANES = 16, 8, 128  # rows of a block, slots in a row of it, words of a block of one word a slot
+PLANES = {1: 16, 2: 8, 3: 16, 4: 4, 6: 8, 8: 2}  # codes of a slot and half; 5 and 7 bits take the room of 6 and 8
 SLICE = 1 << 22  # codes shuffled at once
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Bits of the code of a plane, from the `low`-th on: `width` of them, from `place` on in each half of a word."""
+
+    plane: int
+    low: int
+    width: int
+    word: int
+    place: int
+
+
+@cache
+def fields(bits: int) -> tuple[Field, ...]:
+    """Where codes of so many bits lie in the halves of words, the lowest first.
+
+    Of 3 and 6 bits, which leave some of 16 over, half of the planes have a word of their own and 8 bits of each half of
+    a third: whole codes in both, and one of what is left of both.
+    """
+    if bits not in (3, 6):
+        return tuple(Field(p, 0, bits, 0, bits * p) for p in range(PLANES[bits]))
+    each, rest, found = 16 // bits, 16 % bits, []
+    for word in range(2):
+        first, last = word * PLANES[bits] // 2, (word + 1) * PLANES[bits] // 2 - 1
+        found += [Field(first + i, 0, bits, word, bits * i) for i in range(each)]
+        found += [Field(first + each + i, 0, bits, 2, 8 * word + bits * i) for i in range(8 // bits)]
+        found += [Field(last, 0, rest, word, bits * each), Field(last, rest, bits - rest, 2, 8 * word + 6)]
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +56,19 @@ class Shuffle:
     unit: int = 2
 
     @property
-    def parts(self) -> tuple[int, ...]:
-        """The widths a code is cut into, lowest bits first: powers of two, so that no field crosses a word."""
-        return PARTS[self.bits]
-
-    @property
     def planes(self) -> int:
-        """Codes of a slot and half: as many as the narrowest part has in 16 bits."""
-        return 16 // self.parts[-1]
+        """Codes of a slot and half."""
+        return PLANES[self.bits]
 
     @property
     def columns(self) -> int:
         """Columns of a block."""
         return 16 * self.planes
+
+    @property
+    def slice(self) -> int:
+        """Columns decoded and multiplied at once: those of a word (and 8 bits of another)."""
+        return self.columns // 2 if self.words == 3 else self.columns
 
     @property
     def words(self) -> int:
@@ -71,25 +101,19 @@ class Shuffle:
         )
         codes = codes.reshape(nb, 2, 8, kb, self.planes, 2, 4, 2)  # block, row half, g, block, plane, k half, t, e
         codes = codes.permute(0, 3, 4, 7, 2, 6, 5, 1).reshape(nb, kb, self.planes, 2, LANES).long()
-        words, low = [], 0
-        for width in self.parts:
-            fields = ((codes >> low) & ((1 << width) - 1)).unflatten(2, (-1, 16 // width))  # [.., word, field, e, 128]
-            field = torch.arange(16 // width, device=codes.device)[:, None, None]
-            half = torch.arange(2, device=codes.device)[:, None]
-            words.append((fields << (width * field + 16 * half)).sum((3, 4)))
-            low += width
-        packed = torch.cat(words, 2)
+        packed = codes.new_zeros(nb, kb, self.words, LANES)
+        half = 16 * torch.arange(2, device=codes.device)[:, None]
+        for f in fields(self.bits):
+            packed[:, :, f.word] += ((codes[:, :, f.plane] >> f.low & (1 << f.width) - 1) << f.place + half).sum(2)
         return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
 
     def _unpack(self, words: Tensor, K: int) -> Tensor:
-        (nb, kb), low, first = words.shape[:2], 0, 0
-        codes = torch.zeros((), dtype=torch.uint8, device=words.device)
+        nb, kb = words.shape[:2]
+        codes = torch.zeros(nb, kb, self.planes, 2, LANES, dtype=torch.uint8, device=words.device)
         half = 16 * torch.arange(2, device=words.device)[:, None]
-        for width in self.parts:
-            fields, count = 16 // width, self.planes * width // 16
-            shift = width * torch.arange(fields, device=words.device)[:, None, None] + half
-            part = words[:, :, first : first + count, None, None] >> shift & ((1 << width) - 1)
-            codes, low, first = codes | part.to(torch.uint8).flatten(2, 3) << low, low + width, first + count
+        for f in fields(self.bits):
+            part = words[:, :, f.word, None] >> f.place + half & (1 << f.width) - 1
+            codes[:, :, f.plane] |= part.to(torch.uint8) << f.low
         codes = codes.reshape(nb, kb, self.planes, 2, 8, 4, 2, 2)  # block, plane, e, g, t, k half, row half
         codes = codes.permute(0, 7, 4, 1, 2, 6, 5, 3)
         codes = codes.reshape(nb, 2, 8, kb, 2 * self.planes // self.unit, self.unit // 2, 2, 4, 2)

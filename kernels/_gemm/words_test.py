@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from hf_quant.every_format_test import DTYPES, held, make, tensors_of
 from hf_quant.formats import Grouping, Layer, format_named, formats
 from hf_quant.kernels._gemm.kernel import TritonKernel
-from hf_quant.kernels._gemm.words import PARTS, Shuffle
+from hf_quant.kernels._gemm.words import PLANES, Shuffle
 
 KERNELS = [(i, k.name) for i, fmt in sorted(formats().items()) for k in fmt.kernels if isinstance(k, TritonKernel)]
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.sampled_from(sorted(PARTS)), st.sampled_from((2, 4, 8)), st.integers(1, 70), st.integers(1, 400))
+@given(st.sampled_from(sorted(PLANES)), st.sampled_from((2, 4, 8)), st.integers(1, 70), st.integers(1, 400))
 def test_unpack_is_the_inverse_of_pack(bits: int, unit: int, N: int, K: int) -> None:
     assume(unit <= 2 * Shuffle(bits).planes)  # a thread has no more of 8 bits
     codes = torch.randint(0, 1 << bits, (N, K), generator=torch.Generator().manual_seed(N * K), dtype=torch.uint8)

@@ -117,7 +117,8 @@ def operand(layer: Layer, ranges: RangesOf, target: str, *, integers: bool = Fal
     grid = grid_of(layer)
     bits, group = WIDTHS.get(grid.bits, grid.bits), layer.weights.block_size(layer.shape)[1]
     unit = 4 if integers else unit_for(target, group, layer.shape[1])
-    return Weight(layer.shape, bits, group, ranges=ranges, zero=-grid.low, unit=unit)
+    zero = -grid.low if layer.weights.zero == "none" else None
+    return Weight(layer.shape, bits, group, ranges=ranges, zero=zero, unit=unit)
 
 
 def grid_of(layer: Layer) -> IntGrid:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_quant.formats import Layer, format_named
 from hf_quant.grids import FloatGrid, IntGrid
 from hf_quant.kernels._gemm import launch
-from hf_quant.kernels._gemm.configs import Config, kind
+from hf_quant.kernels._gemm.configs import Config, bucket, choose, kind
 from hf_quant.kernels._gemm.launch import dequantize, matmul
 from hf_quant.kernels._gemm.operand import ranges_of
 from hf_quant.kernels.int_group.bitstream import unpack_bits
@@ -103,14 +103,17 @@ def test_products(spec: Spec, M: int, N: int, K: int, dtype: torch.dtype, data: 
     x_MK = torch.randn(M, 2 * K, generator=generator).to(dtype)[:, ::strides][:, :K]
     rank = data.draw(st.sampled_from((0, 1, 16, 20)))
     low_rank = None
-    expected = x_MK.double() @ q.dequantize(dtype).double().T
-    size = (x_MK.double().square() @ q.dequantize(dtype).double().square().T).sqrt()
+    config = data.draw(st.sampled_from((None, *WAYS)))
+    chosen = config or choose(weight, dtype, bucket(M), x_MK.device)
+    after = launch.constants(weight, dtype, chosen, TARGET)["AFTER"]  # then no weight is rounded to x's type
+    W_NK = q.dequantize(torch.float32 if after else dtype).double()
+    expected = x_MK.double() @ W_NK.T
+    size = (x_MK.double().square() @ W_NK.square().T).sqrt()
     if rank:
         a, up = torch.randn(M, rank, generator=generator).to(dtype), torch.randn(N, rank, generator=generator).to(dtype)
         low_rank = (a, up)
         expected += a.double() @ up.double().T
         size += (a.double().square() @ up.double().square().T).sqrt()
-    config = data.draw(st.sampled_from((None, *WAYS)))
     y_MN = matmul(x_MK, blob, weight, dtype, low_rank=low_rank, config=config)
     assert y_MN.dtype == dtype
     assert y_MN.shape == (M, N)
