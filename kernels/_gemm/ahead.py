@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from hf_quant.kernels._gemm import loop
 from hf_quant.kernels._gemm.configs import Config
-from hf_quant.kernels._gemm.launch import WRITING, constants, instruction, options
+from hf_quant.kernels._gemm.launch import WRITING, constants, instruction, options, whole_last
 from hf_quant.kernels._gemm.operand import Weight
 from hf_quant.kernels._gemm.scaled import scaled_fwd_kernel
 from hf_quant.kernels._gemm.tokens import tokens_fwd_kernel
@@ -95,6 +95,7 @@ def product(
     experts: bool = False,
 ) -> Compiled:
     """The main loop with a configuration."""
+    weight, whole = whole_last(weight, config)
     x, out = TYPES[dtype], "bf16" if dtype == torch.int8 else TYPES[dtype]
     blocks = config.blocks(weight, dtype.itemsize)
     pointers = {
@@ -108,7 +109,7 @@ def product(
     ]
     fixed = {
         **constants(weight, dtype, config, target, TARGETS[target].backend),
-        **{"SHIFTED": False, "RANK": rank, "EXPERTS": experts, "SPLITS": config.splits},
+        **{"WHOLE": whole, "SHIFTED": False, "RANK": rank, "EXPERTS": experts, "SPLITS": config.splits},
         **{"VECTOR": config.way == "vector", "ROUND": False, "STAGES": config.num_stages},
         **instruction(config, weight, dtype, target),
         **{"BLOCKS": blocks, "BM": config.BM, "BN": config.BN},

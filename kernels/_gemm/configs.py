@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from hf_quant.kernels._gemm.operand import WHOLE_ROW, Weight
+from hf_quant.kernels._gemm.operand import TABLES, WHOLE_ROW, Weight
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens up to which a configuration serves; beyond, the last
 SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -115,7 +115,7 @@ def fit(config: Config, weight: Weight, itemsize: int, target: str, limit: int) 
         target: the machine's kind.
         limit: bytes of its shared memory.
     """
-    table = weight.decode in ("levels", "codebooks")
+    table = weight.decode in TABLES
     through = (table and target.startswith("gfx")) or itemsize == 4  # weights that go through shared memory
 
     def columns(config: Config) -> int:

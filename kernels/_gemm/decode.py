@@ -218,15 +218,27 @@ def bytes_ptx(w, plane, pair, nought, ZERO: tl.constexpr, AFTER: tl.constexpr):
         return multiplied_ptx(code, scale, plane * 0 + (0x80008000 - (1 << 32)), scale, False, True)
 
 
+ADDED_ASM = tl.constexpr("ld.global.nc.f32 $0, [$1];")
+LOAD_ASM = tl.constexpr("{ .reg .b64 t; mov.b64 t, {$1, $2}; ld.global.nc.f32 $0, [t]; }")
+
+
 @triton.jit
-def look_up(ptr, PTX: tl.constexpr):
-    """Numbers of a table. In PTX, because a load that Triton knows of is copied ahead of the loop, each by itself."""
-    if PTX:
+def look_up(ptr, code, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Numbers of tables of codes of so many bits, which begin at multiples of their size.
+
+    In PTX, because a load that Triton knows of is copied ahead of the loop, each by itself; and because a code then
+    joins its address by one instruction, `(w & mask) | address`, where memory is aligned as the table is.
+    """
+    if PTX and BITS <= 6:
+        at = ptr.to(tl.int64)
         return tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [ptr], dtype=tl.float32, is_pure=True, pack=1
-        )
+            LOAD_ASM, "=f,r,r", [at.to(tl.int32) | (code << 2), (at >> 32).to(tl.int32)],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    elif PTX:
+        return tl.inline_asm_elementwise(ADDED_ASM, "=f,l", [ptr + code], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        return tl.load(ptr)
+        return tl.load(ptr + code)
 
 
 @triton.jit
@@ -234,12 +246,21 @@ def levels(
     low, high, plane, s0, s1, z0, z1, table_ptr, nought,
     DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """`table[code] s t`; the entry behind the last level is t, the scale of the tensor."""
+    """`table[code] s`."""
     code = code_pairs(low, high, plane, BITS)
+    mask: tl.constexpr = (1 << BITS) - 1
+    return look_up(table_ptr, code & mask, BITS, PTX) * s0, look_up(table_ptr, (code >> 16) & mask, BITS, PTX) * s1
+
+
+@triton.jit
+def scaled_levels(
+    low, high, plane, s0, s1, z0, z1, table_ptr, nought,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """`table[code] s t`; the entry behind the last level is t, the scale of the tensor."""
+    even, odd = levels(low, high, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE, BITS, ZERO, AFTER, PTX)
     whole = tl.load(table_ptr + (1 << BITS))
-    even = look_up(table_ptr + (code & 0xFFFF), PTX) * s0 * whole
-    odd = look_up(table_ptr + ((code >> 16) & 0xFFFF), PTX) * s1 * whole
-    return even, odd
+    return even * whole, odd * whole
 
 
 @triton.jit
@@ -249,16 +270,23 @@ def codebooks(
 ):  # fmt: skip
     """`table[s, code]`: the "scale" of a block is the number of its codebook."""
     code = code_pairs(low, high, plane, BITS)
-    even = look_up(table_ptr + (s0.to(tl.int64) << BITS) + (code & 0xFFFF), PTX)
-    odd = look_up(table_ptr + (s1.to(tl.int64) << BITS) + ((code >> 16) & 0xFFFF), PTX)
+    mask: tl.constexpr = (1 << BITS) - 1
+    even = look_up(table_ptr + (s0.to(tl.int64) << BITS), code & mask, BITS, PTX)
+    odd = look_up(table_ptr + (s1.to(tl.int64) << BITS), (code >> 16) & mask, BITS, PTX)
     return even, odd
 
 
-MXFP4_ASM = tl.constexpr(
+E2M1_ASM = tl.constexpr(
+    "{ .reg .b32 t, u, n; shf.r.wrap.b32 t, $2, $2, $3; and.b32 t, t, 0x01C001C0; shf.r.wrap.b32 u, $2, $2, $4;"
+    " lop3.b32 t, u, 0x80008000, t, 0xEA; mov.b32 u, 0x7E807E80; mov.b32 n, 0x80008000; fma.rn.bf16x2 t, t, u, n;"
+    " mov.b32 {$0, $1}, t; }"
+)
+E2M1_SCALED_ASM = tl.constexpr(
     "{ .reg .b32 t, u, n; shf.r.wrap.b32 t, $2, $2, $3; and.b32 t, t, 0x01C001C0; shf.r.wrap.b32 u, $2, $2, $4;"
     " lop3.b32 t, u, 0x80008000, t, 0xEA; mov.b32 u, 0x7E807E80; mov.b32 n, 0x80008000; fma.rn.bf16x2 t, t, u, n;"
     " fma.rn.bf16x2 t, t, $5, n; mov.b32 {$0, $1}, t; }"
 )
+UPPER_ASM = tl.constexpr("prmt.b32 $0, $1, $1, 0x3232;")
 
 
 @triton.jit
@@ -266,27 +294,32 @@ def mxfp4(
     low, high, plane, s0, s1, z0, z1, table_ptr, nought,
     DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """E2M1 times a power of two.
-
-    In PTX: the three bits below the sign, put where bfloat16's exponent ends, are the number times 2^-126, and every
-    product with a power of two that bfloat16 holds is exact.
-    """
+    """E2M1 `s`, exact where a power of two or E4M3 is the scale."""
     if PTX:
-        scale = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $1, 0x3232;",
-            "=r,r",
-            [s0.to(tl.int32, bitcast=True)],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-        number, sign = (4 * plane + 26) % 32, (4 * plane + 20) % 32  # turns to the right
-        return tl.inline_asm_elementwise(
-            MXFP4_ASM, "=h,=h,r,r,r,r", [low, number, sign, scale], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
-        )
+        return e2m1_ptx(low, plane, s0, AFTER)
     else:
         code = code_pairs(low, high, plane, 4)
-        return e2m1(code & 0xFFFF) * s0, e2m1((code >> 16) & 0xFFFF) * s1
+        even, odd = e2m1(code & 0xFFFF), e2m1((code >> 16) & 0xFFFF)
+        return (even, odd) if AFTER else (even * s0, odd * s1)
+
+
+@triton.jit
+def e2m1_ptx(w, plane, s, AFTER: tl.constexpr):
+    """The same in bfloat16, which holds s.
+
+    The three bits below the sign, put where bfloat16's exponent ends, are the number times 2^-126.
+    """
+    number, sign = (4 * plane + 26) % 32, (4 * plane + 20) % 32  # turns to the right
+    if AFTER:
+        return tl.inline_asm_elementwise(
+            E2M1_ASM, "=h,=h,r,r,r", [w, number, sign], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
+        )
+    else:
+        bits = s.to(tl.int32, bitcast=True)
+        scale = tl.inline_asm_elementwise(UPPER_ASM, "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            E2M1_SCALED_ASM, "=h,=h,r,r,r,r", [w, number, sign, scale], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -294,10 +327,10 @@ def float4(
     low, high, plane, s0, s1, z0, z1, table_ptr, nought,
     DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """E2M1 times `s t`: NVFP4. `t` is the first entry of the table."""
-    code = code_pairs(low, high, plane, 4)
+    """E2M1 `s t`: `t` is the first entry of the table."""
+    even, odd = mxfp4(low, high, plane, s0, s1, z0, z1, table_ptr, nought, DTYPE, BITS, ZERO, AFTER=False, PTX=False)
     whole = tl.load(table_ptr)
-    return e2m1(code & 0xFFFF) * s0 * whole, e2m1((code >> 16) & 0xFFFF) * s1 * whole
+    return even * whole, odd * whole
 
 
 @triton.jit

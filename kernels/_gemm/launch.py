@@ -71,6 +71,7 @@ def matmul(
         return y_MN if low_rank is None else torch.addmm(y_MN, low_rank[0], low_rank[1].T)
 
     values = values if values.stride(1) == 1 else values.contiguous()
+    weight, whole = whole_last(weight, config)
     rounded = INTERPRETED and dtype == torch.bfloat16  # the interpreter has no bfloat16
     if rounded and values.dtype == dtype:
         values = values.float()
@@ -120,6 +121,7 @@ def matmul(
         **constants(weight, values.dtype, config, kind(values.device)),
         BLOCKS=at_once,
         **instruction(config, weight, values.dtype, kind(values.device)),
+        WHOLE=whole,
         SHIFTED=zero is not None,
         RANK=rank,
         EXPERTS=experts is not None,
@@ -170,6 +172,15 @@ def constants(
         "PTX": weight.ptx(dtype, backend or BACKEND, after=after is not None),
         "EVEN": N % config.BN == 0 and K % (blocks * shuffle.columns) == 0,
     }
+
+
+def whole_last(weight: Weight, config: Config) -> tuple[Weight, bool]:
+    """(the weight without the scale of the tensor, whether it had one that may multiply the sums): NVFP4.
+
+    The products of its numbers and scales are numbers of 16 bits, so nothing is rounded before.
+    """
+    last = weight.decode == "float4" and weight.ranges == "small_floats" and config.way == "tensor"
+    return (replace(weight, decode="mxfp4"), True) if last else (weight, False)
 
 
 def instruction(config: Config, weight: Weight, dtype: torch.dtype, target: str) -> dict[str, object]:

@@ -214,6 +214,7 @@ def gemm_fwd_kernel(
     UNIT: tl.constexpr,  # neighbours of a row in one thread, as words have them
     FRAGMENT: tl.constexpr,  # as the instruction wants them
     AFTER: tl.constexpr,  # the sums are scaled, not the weights; always where weights are int8
+    WHOLE: tl.constexpr,  # sums are multiplied by the scale of the tensor, the first entry of the table
     ASYNC: tl.constexpr,  # the instruction reads registers while the program goes on
     SHIFTED: tl.constexpr,
     RANK: tl.constexpr,
@@ -302,6 +303,8 @@ def gemm_fwd_kernel(
     if SPLITS > 1:
         acc, last = add_parts(acc, part_ptr, ticket_ptr, SPLITS)
     if last:
+        if WHOLE:
+            acc *= tl.load(table_ptr)
         finish(acc, y_ptr, sx_ptr, zx_ptr, sum_ptr, a_ptr, up_ptr, m, token, n, M, N, INTEGER, SHIFTED, RANK)
 
 

@@ -12,6 +12,8 @@ from hf_quant.kernels._gemm.words import Shuffle
 
 RangesOf = Literal["scales", "scales_and_zeros", "pairs", "powers", "small_floats"]
 
+TABLES = ("levels", "scaled_levels", "codebooks")
+
 # what `loop.SPAN` says
 WHOLE_ROW, BLOCK, PLANE, ELEMENT = range(4)
 
@@ -54,11 +56,11 @@ class Weight:
     def slice(self, tokens: int, columns: int) -> int | None:
         """Columns to be multiplied at once where the scale may join behind their product, else None.
 
-        Differences of a code and a zero point are integers that 16 bits hold. The scale is then a multiply-add for each
+        16 bits hold differences of codes and zero points, and small floats. The scale is then a multiply-add for each
         token and range of a turn of so many columns, before it is half an instruction a weight: it pays where a range
         has 4 times the tokens. No more than two slices are of one word.
         """
-        if self.decode != "integers" or self.ranges not in ("pairs", "scales"):
+        if self.decode != "mxfp4" and (self.decode != "integers" or self.ranges not in ("pairs", "scales")):
             return None
         group, whole = self.group if self.span != WHOLE_ROW else columns, self.shuffle.slice
         pays = gcd(group, columns) >= 4 * tokens and gcd(group, whole) >= max(whole // 2, 32)
@@ -68,7 +70,7 @@ class Weight:
         """Whether inline PTX decodes it: exact in 16 bits, groups that do not part a pair, an NVIDIA target."""
         if backend != "cuda":
             return False
-        if self.decode in ("levels", "codebooks"):
+        if self.decode in TABLES:
             return True
         if dtype not in (torch.bfloat16, torch.float16) or (self.span == ELEMENT and not after):
             return False
@@ -114,6 +116,16 @@ def ranges_of(blob: list[Tensor]) -> RangesOf:
     if len(blob) > 2:
         return "scales_and_zeros"
     return "pairs" if blob[1].dtype == torch.int32 else "scales"
+
+
+def table_of(levels: Tensor, weight: Weight, whole: Tensor) -> Tensor:
+    """What `weight.decode` looks up, float32 `[2^bits]`; for "scaled_levels" `[2^(bits + 1)]`, the scale of the tensor
+    behind the levels. So tables of many experts, one behind the other, begin at multiples of their size.
+    """
+    table = F.pad(levels, (0, (1 << weight.bits) - len(levels)))
+    if weight.decode == "levels":
+        return table
+    return F.pad(torch.cat((table, whole)), (0, len(table) - 1))
 
 
 def byte_ranges(bytes_NG: Tensor, rows: int) -> Tensor:

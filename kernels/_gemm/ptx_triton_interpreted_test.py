@@ -1,5 +1,6 @@
 """The inline PTX without a GPU: its few instructions carried out here, in Triton's interpreter, which has none."""
 
+import ctypes
 import re
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from hf_quant.kernels._gemm import decode, launch
 from hf_quant.kernels._gemm.configs import Config
 from hf_quant.kernels._gemm.launch import matmul
 from hf_quant.kernels._gemm.loop import load_words
-from hf_quant.kernels._gemm.operand import MAGIC, ranges_of
+from hf_quant.kernels._gemm.operand import MAGIC, Weight, ranges_of, table_of
 from hf_quant.kernels._gemm.words import Shuffle
 from hf_quant.kernels.int_group.gpu import Triton, operand
 from hf_quant.runtime.packed import refit
@@ -58,6 +59,14 @@ def carry_out(asm: str, results: int, operands: Sequence[Tensor]) -> list[Tensor
             continue
         if found := re.fullmatch(r"mov\.b32 \{\$0, \$1\}, (\S+)", line):
             registers |= {"$0": registers[found[1]] & 0xFFFF, "$1": registers[found[1]] >> 16}
+            continue
+        if found := re.fullmatch(r"mov\.b64 (\w+), \{(\S+), (\S+)\}", line):
+            registers[found[1]] = registers[found[2]] | registers[found[3]] << 32
+            continue
+        if found := re.fullmatch(r"ld\.global\.nc\.f32 (\S+), \[(\S+)\]", line):
+            address = registers[found[2]]
+            bits = [ctypes.c_uint32.from_address(a).value for a in address.flatten().tolist()]
+            registers[found[1]] = torch.tensor(bits).view(address.shape)
             continue
         name, arguments = line.split(" ", 1)
         target, *sources = arguments.split(", ")
@@ -112,7 +121,8 @@ def ptx(monkeypatch: pytest.MonkeyPatch) -> None:
         kinds = [c.removeprefix("=") for c in constraints.split(",") if c.startswith("=")]
         words = [torch.from_numpy(v.data.astype(np.int64)) & WORD for v in values]
         found = carry_out(asm, len(kinds), torch.broadcast_tensors(*words))
-        narrow = {"h": (np.uint16, np.int16, tl.int16), "r": (np.uint32, np.int32, tl.int32)}
+        float32 = (np.uint32, np.float32, tl.float32)
+        narrow = {"f": float32, "h": (np.uint16, np.int16, tl.int16), "r": (np.uint32, np.int32, tl.int32)}
         return Results(
             interpreter.TensorHandle(x.numpy().astype(narrow[k][0]).view(narrow[k][1]), narrow[k][2])
             for x, k in zip(found, kinds, strict=True)
@@ -164,6 +174,33 @@ def decoded(
     return torch.stack((even, odd), -1).view(N, K).view(dtype)
 
 
+@pytest.mark.parametrize("name", ["nf4", "nf4 scaled", "codebook 3", "codebook 4"])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_tables(name: str, copies: int) -> None:
+    """Codes looked up, in the loop, of one tensor and of several stacked: the bits of the reference."""
+    generator, N, K = torch.Generator().manual_seed(0), 32, 128
+    bits = 3 if name == "codebook 3" else 4
+    decode_of = {"nf4": "levels", "nf4 scaled": "scaled_levels"}.get(name, "codebooks")
+    weight = Weight((N, K), bits, K, decode_of)
+    codes = torch.randint(0, 1 << bits, (copies, N, K), generator=generator, dtype=torch.uint8)
+    levels = torch.randn(copies, 1 << bits, generator=generator)
+    if decode_of == "codebooks":
+        ranges, tables = torch.zeros(copies, 1, N, dtype=torch.int32), levels
+        expected = torch.stack([x[c.long()] for x, c in zip(levels, codes, strict=True)])
+    else:
+        ranges, whole = torch.rand(copies, 1, N, generator=generator), torch.tensor([0.3])
+        tables = torch.stack([table_of(x, weight, whole) for x in levels])
+        expected = torch.stack([x[c.long()] for x, c in zip(levels, codes, strict=True)]) * ranges.mT
+        expected = expected * whole if decode_of == "scaled_levels" else expected
+    words = torch.stack([weight.shuffle.pack(c) for c in codes])
+    one_hot = torch.eye(K, dtype=torch.float16)
+    assert launch.constants(weight, torch.float16, Config("tensor", BN=32), "sm_80")["PTX"]
+    for i in range(copies):
+        blob = [words[i], ranges[i], tables[i]]
+        y = matmul(one_hot, blob, weight, torch.float16, config=Config("tensor", BM=16, BN=32))
+        assert torch.equal(y.T, expected[i].half())
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("after", [False, True])
@@ -194,13 +231,14 @@ def test_one_zero_point(bits: int, zero: int, dtype: torch.dtype, after: bool) -
     assert torch.equal(found, (difference if after else difference * scale.to(dtype).float()[:, None]).to(dtype))
 
 
-def test_mxfp4() -> None:
+@pytest.mark.parametrize("after", [False, True])
+def test_mxfp4(after: bool) -> None:
     """Every code at every place, every scale that gives no infinity."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     codes = torch.randint(0, 16, (256, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     scale = 2.0 ** (torch.arange(256).clamp(max=251) - 127).double()
-    found = decoded(codes, scale.float().view(torch.int32), 4, torch.bfloat16, "mxfp4")
-    expected = (values[codes.long()].double() * scale[:, None]).bfloat16()
+    found = decoded(codes, scale.float(), 4, torch.bfloat16, "mxfp4", after=after)
+    expected = (values[codes.long()].double() * (1 if after else scale[:, None])).bfloat16()
     assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
 
 

@@ -19,10 +19,10 @@ class Triton(MainLoop):
     levels: tuple[float, ...]
 
     def prepare(self, tensors: Tensors, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-        """[shuffled words, scales float32 `[G, N]`, the table and 1]; doubly quantized scales are decoded here."""
+        """[shuffled words, scales float32 `[G, N]`, the table]; doubly quantized scales are decoded here."""
         qweight = tensors["qweight"]
         codes = torch.stack((qweight >> 4, qweight & 15), -1).flatten(1)
-        table = torch.tensor((*self.levels, 1.0), device=qweight.device)
+        table = torch.tensor(self.levels, device=qweight.device)
         return [operand(layer, kind(qweight.device)).shuffle.pack(codes), block_scales(tensors).T.contiguous(), table]
 
     def weight(self, blob: list[Tensor], layer: Layer) -> Weight:

@@ -19,7 +19,7 @@ from hf_quant.kernels._gemm.kernel import (
     refuses_tokens,
 )
 from hf_quant.kernels._gemm.machine import multiplies_float8
-from hf_quant.kernels._gemm.operand import Weight, unit_for
+from hf_quant.kernels._gemm.operand import Weight, table_of, unit_for
 from hf_quant.kernels.lut.scales import unpack_scales
 
 NARROWEST = 32  # columns of a block whose products are worth a tile of their own
@@ -100,8 +100,9 @@ class Triton(MainLoop):
         """[shuffled words, scales `[kb, N]`, the tensor's scale or the table with it]."""
         scale, whole = scales(tensors, layer)
         weight, codes = operand(layer, kind(scale.device)), tensors["qweight"].view(torch.uint8)
-        table = torch.cat((E5M2.table().flatten().to(scale.device), whole)) if weight.decode == "levels" else whole
-        return [weight.shuffle.pack(codes), scale.T.contiguous(), table]
+        if weight.decode == "scaled_levels":
+            whole = table_of(E5M2.table().flatten().to(scale.device), weight, whole)
+        return [weight.shuffle.pack(codes), scale.T.contiguous(), whole]
 
     def weight(self, blob: list[Tensor], layer: Layer) -> Weight:
         """See `MainLoop.weight`."""
@@ -122,6 +123,6 @@ def scales(tensors: Tensors, layer: Layer) -> tuple[Tensor, Tensor]:
 @cache
 def operand(layer: Layer, target: str) -> Weight:
     """The layer's weight as the main loop sees it."""
-    decode = "float8_e4m3" if layer.weights.grid == E4M3 else "levels"
+    decode = "float8_e4m3" if layer.weights.grid == E4M3 else "scaled_levels"
     group = layer.weights.block_size(layer.shape)[1]
     return Weight(layer.shape, 8, group, decode, unit=unit_for(target, group, layer.shape[1]))

@@ -11,7 +11,7 @@ from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import CodebookGrid, FloatGrid, Grid, MiniFloatGrid, TableGrid
 from hf_quant.kernels._gemm.configs import kind
 from hf_quant.kernels._gemm.kernel import MainLoop, by_row
-from hf_quant.kernels._gemm.operand import RangesOf, Weight, byte_ranges, unit_for
+from hf_quant.kernels._gemm.operand import RangesOf, Weight, byte_ranges, table_of, unit_for
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.lut.scales import unpack_scales
 
@@ -40,10 +40,9 @@ class Triton(MainLoop):
             ranges = by_row(scale, layer).expand(layer.shape[0], -1).T.contiguous()
         else:
             ranges = byte_ranges(by_row(tensors["scale"].view(torch.uint8), layer), layer.shape[0])
-        if weight.decode != "levels":
+        if weight.decode not in ("levels", "scaled_levels"):
             return [words, ranges, whole]
-        levels = grid.table().flatten().to(scale.device)
-        return [words, ranges, torch.cat((F.pad(levels, (0, (1 << weight.bits) - len(levels))), whole))]
+        return [words, ranges, table_of(grid.table().flatten().to(scale.device), weight, whole)]
 
     def weight(self, blob: list[Tensor], layer: Layer) -> Weight:
         """See `MainLoop.weight`."""
@@ -85,7 +84,8 @@ def table_operand(layer: Layer, target: str) -> Weight:
     unit = unit_for(target, group, layer.shape[1])
     assert isinstance(grid, TableGrid)  # noqa: S101  `holds` has checked it
     if grid != E2M1:
-        return Weight(layer.shape, WIDTHS.get(grid.code_bits, grid.code_bits), group, "levels", unit=unit)
+        decode = "scaled_levels" if layer.weights.tensor_scale else "levels"
+        return Weight(layer.shape, WIDTHS.get(grid.code_bits, grid.code_bits), group, decode, unit=unit)
     ranges: RangesOf = BYTES.get(layer.weights.scale, "scales")
     decode = "mxfp4" if ranges == "powers" and not layer.weights.tensor_scale else "float4"
     return Weight(layer.shape, 4, group, decode, ranges, unit=unit)
