@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from hf_quant.kernels._gemm import loop
 from hf_quant.kernels._gemm.configs import Config
-from hf_quant.kernels._gemm.launch import WRITING, constants, instruction, options, whole_last
+from hf_quant.kernels._gemm.launch import WRITING, compiled_with, constants, instruction, whole_last
 from hf_quant.kernels._gemm.operand import Weight
 from hf_quant.kernels._gemm.scaled import scaled_fwd_kernel
 from hf_quant.kernels._gemm.tokens import tokens_fwd_kernel
@@ -61,7 +61,7 @@ def build(
     target: str,
     *,
     ragged: tuple[str, ...] = (),
-    **options: int,
+    options: Mapping[str, int] | None = None,
 ) -> Compiled:
     """Compile a kernel.
 
@@ -80,7 +80,7 @@ def build(
         constexprs={(names.index(n),): v for n, v in fixed.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in arguments if n not in ragged},
     )
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    compiled = triton.compile(source, target=TARGETS[target], options=dict(options or {}))
     registers, spills = _usage(compiled.asm)
     return Compiled(registers, spills, compiled.metadata.shared, compiled.asm)
 
@@ -119,7 +119,7 @@ def product(
         pointers | dict.fromkeys(numbers, "i32"),
         fixed,
         target,
-        **options(config, target),
+        options=compiled_with(config, target),
         ragged=("M", "KB", "table_expert", "copies", "blocks_per_split"),
     )
 
@@ -171,7 +171,7 @@ def quantizer(out: torch.dtype, target: str, *, steps: int = 0) -> Compiled:
         **{"SIZE": 1 << steps if steps else 4096, "STEPS": steps, "SIGNS": steps > 0, "ONCE": steps == 0},
         "CONVERTS": out == torch.uint8 and target in ("sm_90", "sm_100"),
     }
-    return build(tokens_fwd_kernel, pointers, fixed, target, num_warps=8)
+    return build(tokens_fwd_kernel, pointers, fixed, target, options={"num_warps": 8})
 
 
 def loop_of(compiled: Compiled) -> list[str]:

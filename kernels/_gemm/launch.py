@@ -131,7 +131,7 @@ def matmul(
         STAGES=config.num_stages,
         BM=config.BM,
         BN=config.BN,
-        **options(config, kind(values.device)),
+        **compiled_with(config, kind(values.device)),
     )
     return y_MN.to(dtype) if rounded else y_MN
 
@@ -194,7 +194,7 @@ def instruction(config: Config, weight: Weight, dtype: torch.dtype, target: str)
     return {"FRAGMENT": 4 if hopper and small else weight.unit, "ASYNC": hopper and not small}
 
 
-def options(config: Config, target: str) -> dict[str, int]:
+def compiled_with(config: Config, target: str) -> dict[str, int]:
     """What a tile asks of the compiler.
 
     Without a number of registers NVIDIA's assembler spills to have room for more programs. Hopper's configurations were
