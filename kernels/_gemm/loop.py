@@ -234,8 +234,8 @@ def gemm_fwd_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     INTEGER: tl.constexpr = tl.int8 == DTYPE
     SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    # slices of a turn that share a range; the group's are 2^i times an odd number
     SHARED: tl.constexpr = SLICES > WORDS // 3 + 1  # two slices are of one word
+    # slices of a turn that share a range: the power of two in the number of a group's
     EACH: tl.constexpr = min(BLOCKS * SLICES, GROUP // COLUMNS & -(GROUP // COLUMNS)) if SPAN == BLOCK else 1
     m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
