@@ -276,16 +276,12 @@ def codebooks(
     return even, odd
 
 
-E2M1_ASM = tl.constexpr(
+E2M1 = (
     "{ .reg .b32 t, u, n; shf.r.wrap.b32 t, $2, $2, $3; and.b32 t, t, 0x01C001C0; shf.r.wrap.b32 u, $2, $2, $4;"
     " lop3.b32 t, u, 0x80008000, t, 0xEA; mov.b32 u, 0x7E807E80; mov.b32 n, 0x80008000; fma.rn.bf16x2 t, t, u, n;"
-    " mov.b32 {$0, $1}, t; }"
 )
-E2M1_SCALED_ASM = tl.constexpr(
-    "{ .reg .b32 t, u, n; shf.r.wrap.b32 t, $2, $2, $3; and.b32 t, t, 0x01C001C0; shf.r.wrap.b32 u, $2, $2, $4;"
-    " lop3.b32 t, u, 0x80008000, t, 0xEA; mov.b32 u, 0x7E807E80; mov.b32 n, 0x80008000; fma.rn.bf16x2 t, t, u, n;"
-    " fma.rn.bf16x2 t, t, $5, n; mov.b32 {$0, $1}, t; }"
-)
+E2M1_ASM = tl.constexpr(E2M1 + " mov.b32 {$0, $1}, t; }")
+E2M1_SCALED_ASM = tl.constexpr(E2M1 + " fma.rn.bf16x2 t, t, $5, n; mov.b32 {$0, $1}, t; }")
 UPPER_ASM = tl.constexpr("prmt.b32 $0, $1, $1, 0x3232;")
 
 

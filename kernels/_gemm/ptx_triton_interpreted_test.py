@@ -42,13 +42,13 @@ def joined(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 def permuted(low: Tensor, high: Tensor, selector: Tensor) -> Tensor:
     """`prmt`: four of the eight bytes of two words."""
     byte = [(selector >> (4 * i)) & 7 for i in range(4)]
-    return sum(((torch.where(b < 4, low, high) >> (8 * (b % 4))) & 0xFF) << (8 * i) for i, b in enumerate(byte))  # type: ignore[return-value]
+    moved = [((torch.where(b < 4, low, high) >> (8 * (b % 4))) & 0xFF) << (8 * i) for i, b in enumerate(byte)]
+    return torch.stack(torch.broadcast_tensors(*moved)).sum(0)
 
 
 def carry_out(asm: str, results: int, operands: Sequence[Tensor]) -> list[Tensor]:
     """PTX with results $0.. and inputs behind them, words all, of the instructions that ours needs."""
     registers = {f"${results + i}": x for i, x in enumerate(operands)}
-    registers |= {f"${i}": x for i, x in enumerate(operands) if results == 0}
 
     def value(name: str) -> Tensor:
         return torch.tensor(int(name, 16)) if name.startswith("0x") else registers[name]

@@ -11,7 +11,7 @@ from hf_quant.formats import Layer, Tensors
 from hf_quant.grids import CodebookGrid, FloatGrid, Grid, MiniFloatGrid, TableGrid
 from hf_quant.kernels._gemm.configs import kind
 from hf_quant.kernels._gemm.kernel import MainLoop, by_row
-from hf_quant.kernels._gemm.operand import RangesOf, Weight, byte_ranges, table_of, unit_for
+from hf_quant.kernels._gemm.operand import TABLES, RangesOf, Weight, byte_ranges, table_of, unit_for
 from hf_quant.kernels.int_group.bitstream import pack_bits, unpack_bits
 from hf_quant.kernels.lut.scales import unpack_scales
 
@@ -40,7 +40,7 @@ class Triton(MainLoop):
             ranges = by_row(scale, layer).expand(layer.shape[0], -1).T.contiguous()
         else:
             ranges = byte_ranges(by_row(tensors["scale"].view(torch.uint8), layer), layer.shape[0])
-        if weight.decode not in ("levels", "scaled_levels"):
+        if weight.decode not in TABLES:
             return [words, ranges, whole]
         return [words, ranges, table_of(grid.table().flatten().to(scale.device), weight, whole)]
 
